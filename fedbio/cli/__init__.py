@@ -1,0 +1,158 @@
+"""The command line: one thin file per command, found by its name.
+
+A command's module defines ``EXAMPLE``, ``configure(parser)`` and
+``run(args)``, which returns what ``--json`` prints. Only the module of the command that is run is imported.
+"""
+
+from __future__ import annotations
+
+__all__ = ["main"]
+
+import argparse
+import errno
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from types import FrameType, ModuleType
+from typing import Any, NoReturn
+
+from fedbio import __version__
+from fedbio.errors import FedbioError
+
+COMMANDS = {
+    "data": "List, fetch, check, make and split protein data sets.",
+    "embed": "Embed a FASTA file into an HDF5 store.",
+    "embeddings": "Look into embeddings files, merge and convert them.",
+    "provision": "Make certificates and one start-up kit per party.",
+    "server": "Run the federation's server until its jobs are done.",
+    "site": "Take part in a federation's jobs from this site.",
+    "simulate": "Run a server and all sites on this machine.",
+    "train": "Train the classifier alone on embedded proteins.",
+    "predict": "Predict locations for new proteins.",
+    "report": "Write the report of a run.",
+    "settings": "Check a settings file, or print its JSON schema.",
+}
+"""Commands in the order of the help page; the same line opens each command's own help."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code (0, 1, 2, 3, 4 or 130, see `fedbio.errors`)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _interrupt)
+    name = next((word for word in arguments if not word.startswith("-")), None)
+    if name not in COMMANDS:
+        _overview().parse_args(arguments)
+        _overview().print_help()
+        return 2
+    module = importlib.import_module(f"fedbio.cli.{name}")
+    args = _command_parser(name, module).parse_args(arguments[arguments.index(name) + 1 :])
+    logging.basicConfig(
+        level=logging.DEBUG if args.debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    return _guarded(module, args)
+
+
+def _guarded(module: ModuleType, args: argparse.Namespace) -> int:
+    """Run a command and turn what a person can mend into one line and an exit code."""
+    try:
+        result: dict[str, Any] | None = module.run(args)
+        if args.json:
+            print(json.dumps(result or {}), flush=True)
+        return 0
+    except FedbioError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"fedbio: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fedbio: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except OSError as error:
+        # a missing file, a closed folder or a full disk is this machine's matter, not a bug of ours
+        if args.debug or error.errno not in _MACHINE_ERRORS:
+            traceback.print_exc()
+            return 1
+        print(f"fedbio: {error.filename or 'this machine'}: {error.strerror}; {_MACHINE_ERRORS[error.errno]}",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    except Exception:
+        traceback.print_exc()
+        print("fedbio: this is a bug of fedbio; please report it with the lines above", file=sys.stderr)
+        return 1
+
+
+_MACHINE_ERRORS: dict[int | None, str] = {
+    errno.ENOENT: "check the path",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EISDIR: "give a file, not a folder",
+    errno.ENOTDIR: "check the path",
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
+    # a supervisor's SIGTERM and a person's Ctrl-C leave by the same door
+    raise KeyboardInterrupt
+
+
+def _overview() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="fedbio",
+        usage="fedbio COMMAND [INPUTS] [OPTIONS]",
+        description="Federated learning from protein sequences that stay where they are.",
+        epilog=f"commands:\n{listing}\n\nEach command has its own --help with an example.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fedbio {__version__}")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Show every default, and the example as it was written."""
+
+
+def _command_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"fedbio {name}",
+        description=COMMANDS[name],
+        epilog=f"example:\n  {module.EXAMPLE.strip()}",
+        formatter_class=_HelpFormatter,
+    )
+    module.configure(parser)
+    subparsers = [
+        sub
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for sub in action.choices.values()
+    ]
+    for each in (*subparsers, *(() if subparsers else (parser,))):
+        each.formatter_class = _HelpFormatter
+        each.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+        each.add_argument("--debug", action="store_true", help="log more, and show tracebacks")
+    return parser
+
+
+def entry() -> NoReturn:
+    """Console script: run `main` and leave with its exit code, also when the reader of stdout has gone."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

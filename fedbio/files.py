@@ -1,0 +1,109 @@
+"""Write files whole or not at all, name them by content, and hold a lock per output."""
+
+from __future__ import annotations
+
+__all__ = ["exclusive_lock", "sha256_file", "sync_folder", "whole_file", "write_whole"]
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedbio.errors import MachineError
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it into place.
+
+    Parameters
+    ----------
+    path : path-like
+        Where the finished file shall appear. Missing parent folders are made.
+
+    Yields
+    ------
+    Path
+        A path in the same folder to write to. It is removed if the block raises.
+
+    Raises
+    ------
+    MachineError
+        If the disk is full; the previous file, if any, is untouched.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        yield beside
+        with open(beside, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(beside, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(
+                f"{target}: the disk is full; free some space and run the same command again, "
+                "nothing that was there before is lost"
+            ) from error
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Replace the file at `path` by `content` (text as UTF-8), whole or not at all."""
+    with whole_file(path) as beside:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's bytes as 64 lower-case hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: str | os.PathLike[str], purpose: str) -> Iterator[None]:
+    """Hold an exclusive lock file while the block runs; the kernel frees it when the process ends.
+
+    Parameters
+    ----------
+    path : path-like
+        The lock file; it holds the owner's process id and stays behind, empty of meaning, afterwards.
+    purpose : str
+        What is locked, for the message of the one who comes second.
+
+    Raises
+    ------
+    MachineError
+        If another living process holds the lock; the message names its process id.
+    """
+    lock_path = Path(path)
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock_path, "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise MachineError(
+                f"{purpose} is in use by process {owner} (lock {lock_path}); wait for it or stop it first"
+            ) from error
+        lock.seek(0)
+        lock.truncate()
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield

@@ -1,0 +1,108 @@
+"""Take CSV and TSV tables apart: proteins with FLIP's columns, labels by id, or one column by id."""
+
+from __future__ import annotations
+
+__all__ = ["read_column", "table_records"]
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+
+from fedbio.errors import DataError, FormatError
+from fedbio.proteins.fasta import Record
+from fedbio.proteins.lines import Line, read_lines
+from fedbio.proteins.protein import ReadCounts
+
+# csv's own bound on a cell (131,072 characters) is shorter than some proteins; ours is the bound on a line.
+csv.field_size_limit(2**31 - 1)
+
+
+def table_records(
+    lines: Iterator[Line], path: str | os.PathLike[str], *, needs: Sequence[str] = ("sequence",)
+) -> Iterator[Record]:
+    """Yield one raw record per row of a table with a header line.
+
+    Parameters
+    ----------
+    lines : iterator of Line
+    path : path-like
+        For messages.
+    needs : sequence of str
+        Columns without which the table is refused. Read are ``id``, ``sequence``, ``target``, ``set`` and
+        ``validation``, in any order and any case; others are passed over.
+
+    Notes
+    -----
+    Without an ``id`` column the proteins are named ``Sequence0``, ``Sequence1``, ... in the order of the file.
+    """
+    rows = _rows(lines, path)
+    _, header = next(rows)
+    columns = {name.strip().lower(): position for position, name in enumerate(header)}
+    for name in needs:
+        if name not in columns:
+            raise FormatError(
+                f"{path}:1: no column {name!r} among {', '.join(repr(column) for column in header)}; a table needs the "
+                "columns sequence, target, set and validation (FLIP's form, with id if there are names)"
+            )
+
+    def cell(row: Sequence[str], name: str) -> str | None:
+        position = columns.get(name)
+        return row[position].strip() or None if position is not None else None
+
+    for index, (number, row) in enumerate(rows):
+        yield Record(
+            number,
+            (cell(row, "id") or "") if "id" in columns else f"Sequence{index}",
+            cell(row, "sequence") or "",
+            cell(row, "target"),
+            cell(row, "set"),
+            cell(row, "validation"),
+        )
+
+
+def read_column(path: str | os.PathLike[str], column: str) -> dict[str, str]:
+    """Return one column of a table by protein id; rows with an empty cell are left out.
+
+    Raises
+    ------
+    DataError
+        If the table lacks ``id`` or `column`; the message lists its columns.
+    """
+    rows = _rows(read_lines(path, ReadCounts()), path)
+    _, header = next(rows)
+    names = [name.strip() for name in header]
+    lower = [name.lower() for name in names]
+    if "id" not in lower or column.lower() not in lower:
+        raise DataError(
+            f"{path}:1: needs the columns 'id' and {column!r}, found {', '.join(map(repr, names))}; "
+            "name another column or another table"
+        )
+    key, value = lower.index("id"), lower.index(column.lower())
+    return {row[key].strip(): row[value].strip() for _, row in rows if row[value].strip()}
+
+
+def _rows(lines: Iterator[Line], path: str | os.PathLike[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield the header and then every row that is not empty, each with its line number."""
+    first = next(lines)
+    delimiter = max(",\t;", key=first.text.count)
+
+    def texts() -> Iterator[str]:
+        yield first.text
+        for line in lines:
+            yield line.text
+
+    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
+    width = 0
+    try:
+        for row in reader:
+            if not any(cell.strip() for cell in row):
+                continue
+            width = width or len(row)
+            if len(row) != width:
+                raise FormatError(
+                    f"{path}:{reader.line_num}: {len(row)} cells where the header has {width}; "
+                    "a cell that holds the separator needs double quotes around it"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise FormatError(f"{path}:{reader.line_num}: {error}; check the quotes in this row") from error

@@ -1,0 +1,383 @@
+"""Typed settings: one model for each YAML file, one loader that reports every problem at once, one place for defaults.
+
+===================  =====================================================================
+model                file
+===================  =====================================================================
+`RunSettings`        ``config/config.yaml``: a server and all sites on this machine
+`SiteSettings`       ``config/site.yaml``: one site of a real federation
+`ServerSettings`     ``config/server.yaml``: the server of a real federation
+`JobsFile`           ``config/jobs/*.yaml``: what the server runs
+`FederationFile`     ``config/federation.yaml``: who takes part, for ``fedbio provision``
+`KitFile`            ``kit.yaml`` in a start-up kit
+===================  =====================================================================
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "COMPARTMENTS",
+    "FILES",
+    "ClassifyJob",
+    "EmbedJob",
+    "EncoderSettings",
+    "FederationFile",
+    "FederationLimits",
+    "Job",
+    "JobsFile",
+    "KitFile",
+    "ProjectionJob",
+    "ReportSettings",
+    "RunSettings",
+    "ServerSettings",
+    "SiteSettings",
+    "SitesSettings",
+    "TrainingSettings",
+    "load",
+    "parse_hidden",
+]
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+from pydantic import AfterValidator, Field
+
+from fedbio.settings_files import describe_problems, read_yaml, with_overrides
+
+COMPARTMENTS = (
+    "Cell membrane",
+    "Cytoplasm",
+    "Endoplasmic reticulum",
+    "Extracellular",
+    "Golgi apparatus",
+    "Lysosome/Vacuole",
+    "Mitochondrion",
+    "Nucleus",
+    "Peroxisome",
+    "Plastid",
+)
+"""The ten locations of DeepLoc 1.0, in alphabetical order, spelled as in its CSV form."""
+
+
+def parse_hidden(text: str) -> tuple[int, ...]:
+    """Turn an MLP's name into the widths of its hidden layers: ``"256-128-64"`` into ``(256, 128, 64)``.
+
+    Raises
+    ------
+    ValueError
+        If the text is not one to eight widths between 1 and 65,536 joined by hyphens.
+    """
+    widths = tuple(int(part) if part.isascii() and part.isdigit() else 0 for part in text.split("-"))
+    if not (1 <= len(widths) <= 8 and all(1 <= width <= 65_536 for width in widths)):
+        raise ValueError("expected one to eight layer widths joined by hyphens, for example 256-128-64")
+    return widths
+
+
+def _is_hidden(text: str) -> str:
+    parse_hidden(text)
+    return text
+
+
+def _no_twins(values: list[Any]) -> list[Any]:
+    twins = sorted({str(value) for value in values if values.count(value) > 1})
+    if twins:
+        raise ValueError(f"{', '.join(twins)} named twice; name each once")
+    return values
+
+
+PartyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")]
+Hidden = Annotated[str, AfterValidator(_is_hidden)]
+Seconds = Annotated[float, Field(gt=0, le=1e7)]
+TaskKind = Literal["embed", "statistics", "train", "evaluate", "publish", "map"]
+
+
+class _Settings(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class EncoderSettings(_Settings):
+    name: str = "esm1nv-44m"
+    """A built-in architecture, or the path of a folder or checkpoint file with trained weights."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """SHA-256 that the weights must have; null takes them as they are and records it."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the random weights of a built-in architecture."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of inference; auto takes bfloat16 where the hardware has it."""
+    long: Literal["cut", "window"] = "cut"
+    """What to do with proteins longer than the encoder takes: cut the end off, or average overlapping windows."""
+
+
+class TrainingSettings(_Settings):
+    mlps: Annotated[list[Hidden], Field(min_length=1), AfterValidator(_no_twins)] = [
+        "32",
+        "128-64",
+        "256-128-64",
+        "512-256-128-64",
+    ]
+    """Hidden layers of each classifier to train."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_no_twins)] = [0, 1, 2]
+    """Each classifier is trained once per seed."""
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 30
+    """The most rounds of federated averaging; alone, a site trains for as many."""
+    epochs: Annotated[int, Field(ge=1, le=1_000)] = 1
+    """Passes over a site's own proteins in a round."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
+    """Proteins in a step."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    """Step size of Adam."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 1e-4
+    """Decoupled weight decay."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of hidden units that are switched off in a step."""
+    patience: Annotated[int, Field(ge=1)] = 8
+    """Stop after so many rounds without a better validation accuracy."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the training proteins held back for validation where the data flag none."""
+    min_proteins: Annotated[int, Field(ge=2)] = 10
+    """A site with fewer training proteins abstains: sums over so few would give single embeddings away."""
+
+
+class FederationLimits(_Settings):
+    min_sites: Annotated[int, Field(ge=1)] | None = None
+    """A round goes on with so many results once its deadline has passed; null means every site."""
+    join_deadline_s: Seconds = 3600.0
+    """Seconds that the server waits for `min_sites` to join, and a site for the server."""
+    round_deadline_s: Seconds = 3600.0
+    """Seconds that the server waits for the results of a task."""
+    heartbeat_s: Seconds = 5.0
+    """Seconds between two signs of life, both ways; a peer silent for three of them is gone."""
+
+
+class EmbedJob(_Settings):
+    """Every site turns its own proteins into embeddings with the encoder that the server names."""
+
+    name: PartyName = "embed"
+    workflow: Literal["embed"]
+    encoder: EncoderSettings = EncoderSettings()
+
+
+class ClassifyJob(_Settings):
+    """Every site trains alone, all sites train together, and the difference is measured."""
+
+    name: PartyName = "classify"
+    workflow: Literal["classify"]
+    classes: Annotated[list[str], Field(min_length=2), AfterValidator(_no_twins)] = list(COMPARTMENTS)
+    training: TrainingSettings = TrainingSettings()
+
+
+class ProjectionJob(_Settings):
+    """One 2-D map of all sites' proteins; their coordinates leave the sites that allow it."""
+
+    name: PartyName = "map"
+    workflow: Literal["projection"]
+    points: Annotated[int, Field(ge=10, le=100_000)] = 500
+    """The most proteins of a site on the map."""
+
+
+Job = Annotated[EmbedJob | ClassifyJob | ProjectionJob, Field(discriminator="workflow")]
+
+
+class JobsFile(_Settings):
+    """What a server runs, one job after the other."""
+
+    jobs: Annotated[list[Job], Field(min_length=1)]
+    sites: Annotated[list[PartyName], Field(min_length=1), AfterValidator(_no_twins)] | None = None
+    """Who is expected; null means every site that the federation has a kit for."""
+    federation: FederationLimits = FederationLimits()
+
+
+class SitesSettings(_Settings):
+    count: Annotated[int, Field(ge=1, le=1_000)] = 3
+    """Number of sites."""
+    by: str = "dirichlet"
+    """How proteins are dealt out: dirichlet, iid, or the name of a column of the data set."""
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Dirichlet concentration: small makes sites differ, large makes them alike."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the deal."""
+
+    @property
+    def names(self) -> list[str]:
+        """Return ``site-1``, ``site-2``, ..."""
+        return [f"site-{number}" for number in range(1, self.count + 1)]
+
+
+class DemoSettings(_Settings):
+    proteins: Annotated[int, Field(ge=50)] = 900
+    """How many synthetic proteins to write."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the generator."""
+
+
+class ReportSettings(_Settings):
+    map: bool = True
+    """Draw the 2-D map of the embeddings; for this the sites' 2-D coordinates go to the server."""
+    map_points: Annotated[int, Field(ge=10, le=100_000)] = 500
+    """The most proteins of a site on the map."""
+
+
+class RunSettings(_Settings):
+    """A server and all sites on this machine, each a process of its own."""
+
+    party: Literal["all"] = "all"
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")] | None = None
+    """Name of the run's folder under results/; null takes the data set's name."""
+    dataset: str = "demo"
+    """demo for synthetic proteins, the name of a known data set, or the path of a FASTA, CSV or TSV file."""
+    labels: str | None = None
+    """A CSV or TSV file with the labels of a FASTA file, joined by id."""
+    max_proteins: Annotated[int, Field(ge=50)] | None = None
+    """Use at most so many proteins of the data set, drawn with its proportions of classes and splits."""
+    demo: DemoSettings = DemoSettings()
+    sites: SitesSettings = SitesSettings()
+    encoder: EncoderSettings = EncoderSettings()
+    embeddings: str | None = None
+    """An embeddings file of the same encoder to take vectors from instead of computing them again."""
+    classes: Annotated[list[str], Field(min_length=2), AfterValidator(_no_twins)] = list(COMPARTMENTS)
+    training: TrainingSettings = TrainingSettings()
+    federation: FederationLimits = FederationLimits()
+    report: ReportSettings = ReportSettings()
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_across(self) -> RunSettings:
+        least = self.federation.min_sites
+        if least is not None and least > self.sites.count:
+            raise ValueError(f"federation.min_sites is {least}, but sites.count is only {self.sites.count}")
+        return self
+
+    @property
+    def run_name(self) -> str:
+        """The run's name: as set, or that of the data set without folders and endings."""
+        return self.run or Path(self.dataset).name.split(".")[0] or "run"
+
+    def jobs(self) -> JobsFile:
+        """Return the jobs of this run as the server reads them."""
+        jobs: list[EmbedJob | ClassifyJob | ProjectionJob] = [
+            EmbedJob(workflow="embed", encoder=self.encoder),
+            ClassifyJob(workflow="classify", classes=self.classes, training=self.training),
+        ]
+        if self.report.map:
+            jobs.append(ProjectionJob(workflow="projection", points=self.report.map_points))
+        return JobsFile(jobs=jobs, sites=self.sites.names, federation=self.federation)
+
+
+class SiteSettings(_Settings):
+    """One site of a real federation."""
+
+    party: Literal["site"]
+    kit: str
+    """The start-up kit that the coordinator gave you: a folder."""
+    proteins: str
+    """Your FASTA, CSV or TSV file; it never leaves this machine."""
+    labels: str | None = None
+    """A CSV or TSV file with the labels of a FASTA file, joined by id."""
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")] = "site"
+    """Name of the folder under results/ for everything this site keeps."""
+    embeddings: str | None = None
+    """An embeddings file of the same encoder to take vectors from instead of computing them again."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    connect_deadline_s: Seconds = 3600.0
+    """Seconds to keep trying to reach the server before giving up."""
+    allow: Annotated[list[TaskKind], AfterValidator(_no_twins)] = [
+        "embed",
+        "statistics",
+        "train",
+        "evaluate",
+        "publish",
+    ]
+    """Tasks that this site takes; add map to let 2-D coordinates of your proteins leave."""
+
+
+class ServerSettings(_Settings):
+    """The server of a real federation; it has no proteins."""
+
+    party: Literal["server"]
+    kit: str
+    """The server's start-up kit: a folder."""
+    jobs: str = "config/jobs/classify.yaml"
+    """What to run."""
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")] = "server"
+    """Name of the folder under results/ for everything the server keeps."""
+
+
+class ServerParty(_Settings):
+    name: PartyName = "server"
+    """The name in the server's certificate."""
+    address: Address
+    """host:port under which the sites reach the server."""
+    also: list[str] = []
+    """Further host names or IP addresses for the server's certificate."""
+
+
+class FederationFile(_Settings):
+    """Who takes part: what ``fedbio provision`` reads."""
+
+    federation: PartyName
+    """The federation's name."""
+    server: ServerParty
+    sites: Annotated[list[PartyName], Field(min_length=1), AfterValidator(_no_twins)]
+    """One name per site."""
+    valid_days: Annotated[int, Field(ge=1, le=3650)] = 365
+    """Days until the certificates expire."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_across(self) -> FederationFile:
+        if self.server.name in self.sites:
+            raise ValueError(f"sites: {self.server.name!r} is the server's name; give every party its own")
+        return self
+
+
+class KitFile(_Settings):
+    """What a party needs to know beside its certificate and key."""
+
+    federation: PartyName
+    party: PartyName
+    role: Literal["server", "site"]
+    server: Address
+    """host:port under which the sites reach the server; the server listens on that port."""
+    server_name: PartyName = "server"
+    """The name in the server's certificate."""
+    sites: list[PartyName] = []
+    """At the server: every site that has a kit."""
+
+
+FILES: dict[str, type[_Settings]] = {
+    "config": RunSettings,
+    "site": SiteSettings,
+    "server": ServerSettings,
+    "jobs": JobsFile,
+    "federation": FederationFile,
+    "kit": KitFile,
+}
+"""Every settings file by the name of its JSON schema."""
+
+S = TypeVar("S", bound=_Settings)
+
+
+def load(path: str | Path, model: type[S], overrides: list[str] | None = None) -> S:
+    """Read one YAML settings file and check all of it.
+
+    Parameters
+    ----------
+    path : path-like
+        The YAML file.
+    model : type
+        One of the models in `FILES`.
+    overrides : list of str, optional
+        ``dotted.key=value`` with the value in YAML; each replaces what the file says.
+
+    Raises
+    ------
+    SettingsError
+        Naming the file, and for every problem the dotted key, what was expected and what was found.
+    """
+    content = with_overrides(read_yaml(path), overrides or [], path)
+    try:
+        return model.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise describe_problems(path, error, model) from error
