@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Record", "fasta_records", "write_fasta"]
+__all__ = ["MAX_RESIDUES", "Record", "fasta_records", "write_fasta"]
 
 import os
 import re
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from fedbio.files import whole_file
 from fedbio.proteins.lines import Line
 from fedbio.proteins.protein import Protein, ReadCounts
+
+MAX_RESIDUES = 10_000_000
+"""Three hundred times the longest known protein (titin, 34,350): beyond it a record is no protein."""
 
 TAG = re.compile(r"\b(TARGET|SET|VALIDATION)=(.*?)(?=\s+[A-Za-z]+=|\s*$)")
 """The tags of FLIP and biotrainer; a value ends before the next ``KEY=``, so it may hold blanks."""
@@ -30,27 +33,29 @@ class Record:
 
 
 def fasta_records(lines: Iterator[Line], counts: ReadCounts) -> Iterator[Record]:
-    """Yield one raw record per ``>`` header; ``;`` comments and empty lines are passed over, blanks at line ends cut.
+    """Yield one raw record per ``>`` header; the first line is one.
 
-    The text before the first header, if there is any, comes as a record without id.
+    Comments (``;``) and empty lines are passed over, blanks at line ends are cut.
     """
     record: Record | None = None
     parts: list[str] = []
+    length = 0
     for line in lines:
         text = line.text.rstrip()
         if text.startswith(">"):
             if record is not None:
                 record.sequence = "".join(parts)
                 yield record
-            record, parts = _header(line.number, text), []
+            record, parts, length = _header(line.number, text), [], 0
         elif text.startswith(";"):
             counts.accepted["comment lines"] += 1
         elif text:
             if text != line.text:
                 counts.accepted["lines with blanks at the end"] += 1
-            if record is None:
-                record = Record(line.number, "", "")
-            parts.append(text)
+            # What exceeds the bound is not kept: the reader refuses the record, and memory stays bounded.
+            if length <= MAX_RESIDUES:
+                parts.append(text)
+            length += len(text)
     if record is not None:
         record.sequence = "".join(parts)
         yield record
@@ -84,8 +89,6 @@ def write_fasta(proteins: Iterable[Protein], path: str | os.PathLike[str]) -> in
     with whole_file(path) as beside, open(beside, "w", encoding="utf-8", newline="\n", buffering=1 << 20) as file:
         for protein in proteins:
             label = f"TARGET={protein.target.replace(' ', '_')} " if protein.target else ""
-            file.write(
-                f">{protein.id} {label}SET={protein.set} VALIDATION={protein.validation}\n{protein.sequence}\n"
-            )
+            file.write(f">{protein.id} {label}SET={protein.set} VALIDATION={protein.validation}\n{protein.sequence}\n")
             count += 1
     return count

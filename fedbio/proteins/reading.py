@@ -16,14 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from fedbio.errors import DataError, FormatError
-from fedbio.proteins.fasta import Record, fasta_records
+from fedbio.proteins.fasta import MAX_RESIDUES, Record, fasta_records
 from fedbio.proteins.labels import find_label, unknown_label
 from fedbio.proteins.lines import Line, read_lines
 from fedbio.proteins.protein import COMPARTMENTS, Protein, ReadCounts
 from fedbio.proteins.tables import table_records
-
-MAX_RESIDUES = 10_000_000
-"""Three hundred times the longest known protein (titin, 34,350): beyond it a file is no protein file."""
 
 STANDARD = "ACDEFGHIKLMNPQRSTVWY"
 UNUSUAL = "UOBZXJ"
@@ -131,23 +128,22 @@ def read(
 
 def _records(lines: Iterator[Line], path: str | os.PathLike[str], counts: ReadCounts) -> Iterator[Record]:
     """Find out the form from the first line that says something, and take the file apart."""
-    passed: list[Line] = []
-    for line in lines:
-        passed.append(line)
-        if line.text.strip() and not line.text.startswith(";"):
+    for first in lines:
+        if first.text.startswith(";"):
+            counts.accepted["comment lines"] += 1
+        elif first.text.strip():
             break
     else:
         return iter(())
-    first = passed[-1]
-    lines = itertools.chain(passed, lines)
+    lines = itertools.chain([first], lines)
     if first.text.startswith(">"):
         return fasta_records(lines, counts)
     if first.text.startswith(("ID   ", "LOCUS ", "<?xml", "<uniprot")):
-        from fedbio.proteins.annotated import annotated_records  # Biopython is only needed here
+        from fedbio.proteins.annotated import annotated_records  # Biopython is needed for these alone
 
         return annotated_records(lines, first.text, path, counts)
-    if re.search("(?i)\\bsequence\\b", first.text) or any(mark in first.text for mark in ",\t"):
-        return table_records(itertools.chain([first], lines_after(lines, first)), path)
+    if any(mark in first.text for mark in ",;\t") or first.text.strip().lower() == "sequence":
+        return table_records(lines, path)
     if re.fullmatch(r"[A-Za-z*\s-]+", first.text):
         raise FormatError(
             f"{path}:{first.number}: a sequence without a header before it; a FASTA record begins with '>' and an id"
@@ -156,11 +152,6 @@ def _records(lines: Iterator[Line], path: str | os.PathLike[str], counts: ReadCo
         f"{path}:{first.number}: neither FASTA (a line '>id') nor a table with a column 'sequence', nor Swiss-Prot, "
         "UniProt XML or GenBank; check what file this is"
     )
-
-
-def lines_after(lines: Iterator[Line], first: Line) -> Iterator[Line]:
-    """Yield the lines that come after `first`."""
-    return itertools.dropwhile(lambda line: line.number <= first.number, lines)
 
 
 def _read_labels(path: str | os.PathLike[str], counts: ReadCounts) -> dict[str, Record]:
@@ -214,7 +205,7 @@ def _check_sequence(sequence: str, counts: ReadCounts) -> str:
     if not sequence:
         raise _Refused("no sequence", f"has a header and no sequence; {_FIX}")
     if len(sequence) > MAX_RESIDUES:
-        raise _Refused("too long", f"has {len(sequence):,} residues, more than {MAX_RESIDUES:,}; check what file this is")
+        raise _Refused("too long", f"has more than {MAX_RESIDUES:,} residues; check what file this is")
     if _USUAL_ONLY.fullmatch(sequence):
         return sequence
     if sequence.endswith("*"):
@@ -274,7 +265,5 @@ def _repeats(protein: Protein, line: int, seen: dict[str, _Seen]) -> bool:
             "id given twice", f"the id comes in line {before.line} with another sequence; give each protein its own id"
         )
     if before[2:] != now[2:]:
-        raise _Refused(
-            "label given twice", f"comes in line {before.line} with another label or set; keep one of them"
-        )
+        raise _Refused("label given twice", f"comes in line {before.line} with another label or set; keep one of them")
     return True
