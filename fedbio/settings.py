@@ -32,16 +32,20 @@ __all__ = [
     "SiteSettings",
     "SitesSettings",
     "TrainingSettings",
+    "check",
+    "check_party",
     "load",
     "parse_hidden",
 ]
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, Field
 
+from fedbio.errors import SettingsError
 from fedbio.settings_files import describe_problems, read_yaml, with_overrides
 
 COMPARTMENTS = (
@@ -356,6 +360,12 @@ FILES: dict[str, type[_Settings]] = {
 }
 """Every settings file by the name of its JSON schema."""
 
+PARTIES: dict[str, type[RunSettings] | type[SiteSettings] | type[ServerSettings]] = {
+    "all": RunSettings,
+    "site": SiteSettings,
+    "server": ServerSettings,
+}
+
 S = TypeVar("S", bound=_Settings)
 
 
@@ -376,8 +386,20 @@ def load(path: str | Path, model: type[S], overrides: list[str] | None = None) -
     SettingsError
         Naming the file, and for every problem the dotted key, what was expected and what was found.
     """
-    content = with_overrides(read_yaml(path), overrides or [], path)
+    return check(with_overrides(read_yaml(path), overrides or [], path), model, path)
+
+
+def check(content: Mapping[str, Any], model: type[S], path: str | Path) -> S:
+    """Check settings that were read already; `path` says in messages where they came from."""
     try:
         return model.model_validate(content)
     except pydantic.ValidationError as error:
         raise describe_problems(path, error, model) from error
+
+
+def check_party(content: Mapping[str, Any], path: str | Path) -> RunSettings | SiteSettings | ServerSettings:
+    """Check the settings of whichever party the key `party` names: all, site or server."""
+    party = content.get("party", "all")
+    if party not in PARTIES:
+        raise SettingsError(f"{path}: party: expected one of {', '.join(PARTIES)}, found {party!r}")
+    return check(content, PARTIES[party], path)

@@ -1,0 +1,36 @@
+# The one entry for Snakemake users.
+#
+#   snakemake --cores all                                    a server and three sites on this machine
+#   snakemake --cores all --configfile config/site.yaml      one site of a real federation
+#   snakemake --cores all --configfile config/server.yaml    the server of a real federation
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+if not workflow.configfiles:
+
+    configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/report.smk"
+
+
+if settings.party == "all":
+
+    include: "workflow/rules/proteins.smk"
+    include: "workflow/rules/simulate.smk"
+
+elif settings.party == "site":
+
+    include: "workflow/rules/site.smk"
+
+else:
+
+    include: "workflow/rules/server.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        results_of(settings.party),

@@ -1,0 +1,60 @@
+demo = f"{run}/proteins.fasta"
+known = (
+    settings.dataset
+    if "/" not in settings.dataset and not Path(settings.dataset).is_file()
+    else None
+)
+proteins = (
+    demo
+    if settings.dataset == "demo"
+    else f"resources/{known}.csv" if known else settings.dataset
+)
+sites_fasta = [f"{run}/data/{site}.fasta" for site in settings.sites.names]
+
+
+rule demo_proteins:
+    output:
+        fasta=demo,
+    log:
+        f"{logs}/demo_proteins.log",
+    conda:
+        "../envs/fedbio.yaml"
+    params:
+        number=settings.demo.proteins,
+        seed=settings.demo.seed,
+    shell:
+        "fedbio data demo -o {output.fasta} --count {params.number} --seed {params.seed} 2>&1 | tee {log}"
+
+
+rule fetch_proteins:
+    output:
+        table="resources/{name}.csv",
+    log:
+        "logs/fetch_proteins/{name}.log",
+    conda:
+        "../envs/fedbio.yaml"
+    shell:
+        "fedbio data fetch {wildcards.name} -o {output.table} 2>&1 | tee {log}"
+
+
+rule split_proteins:
+    input:
+        proteins=proteins,
+        labels=settings.labels or [],
+    output:
+        fasta=sites_fasta,
+    log:
+        f"{logs}/split_proteins.log",
+    conda:
+        "../envs/fedbio.yaml"
+    params:
+        folder=output_folder,
+        names=",".join(settings.sites.names),
+        by=settings.sites.by,
+        alpha=settings.sites.alpha,
+        seed=settings.sites.seed,
+        labels=["--labels", settings.labels] if settings.labels else [],
+        limit=["--limit", str(settings.max_proteins)] if settings.max_proteins else [],
+    shell:
+        "fedbio data split {input.proteins:q} -o {params.folder} --names {params.names} --by {params.by:q}"
+        " --alpha {params.alpha} --seed {params.seed} {params.labels:q} {params.limit:q} 2>&1 | tee {log}"

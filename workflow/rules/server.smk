@@ -1,0 +1,15 @@
+rule serve:
+    input:
+        kit=f"{settings.kit}/kit.yaml",
+        jobs=settings.jobs,
+    output:
+        party=f"{run}/party.json",
+    log:
+        f"{logs}/serve.log",
+    conda:
+        "../envs/fedbio.yaml"
+    params:
+        kit=input_folder,
+        run=output_folder,
+    shell:
+        "fedbio server --kit {params.kit} --jobs {input.jobs:q} -o {params.run} 2>&1 | tee {log}"

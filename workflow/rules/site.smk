@@ -1,0 +1,19 @@
+rule join:
+    input:
+        proteins=settings.proteins,
+        labels=settings.labels or [],
+        kit=f"{settings.kit}/kit.yaml",
+    output:
+        party=f"{run}/party.json",
+        model=f"{run}/global/model.safetensors",
+        card=f"{run}/global/model.json",
+    log:
+        f"{logs}/join.log",
+    conda:
+        "../envs/fedbio.yaml"
+    threads: workflow.cores
+    params:
+        settings=settings_arguments(),
+        run=output_folder,
+    shell:
+        "fedbio site --settings {params.settings:q} --threads {threads} -o {params.run} 2>&1 | tee {log}"
