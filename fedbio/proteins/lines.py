@@ -69,7 +69,7 @@ def read_lines(path: str | os.PathLike[str], counts: ReadCounts) -> Iterator[Lin
             raw.seek(0)
             if head.startswith(b"\x1f\x8b"):
                 with gzip.GzipFile(fileobj=raw) as unpacked:
-                    yield from _unpacked_lines(cast(BinaryIO, unpacked), file_path, counts)
+                    yield from _unpacked_lines(cast("BinaryIO", unpacked), file_path, counts)
             else:
                 yield from _lines(raw, file_path, counts, limit=None)
     except FileNotFoundError as error:

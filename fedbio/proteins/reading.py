@@ -33,7 +33,7 @@ _SETS = {"train": ("train", None), "test": ("test", None), "val": ("train", True
 _FLAGS = {"true": True, "false": False}
 
 
-class _Refused(Exception):
+class _WrongRecordError(Exception):
     """One record is wrong: why, in a few words for the counts and in a sentence for the person."""
 
     def __init__(self, reason: str, message: str) -> None:
@@ -94,7 +94,7 @@ def read(
     """
     tally = ReadCounts() if counts is None else counts
     lines = read_lines(path, tally)
-    beside = _read_labels(labels, tally) if labels is not None else None
+    beside = _read_labels(labels) if labels is not None else None
     seen: dict[str, _Seen] = {}
     for record in _records(lines, path, tally):
         try:
@@ -102,17 +102,17 @@ def read(
                 _join(record, beside, labels)
             protein = _check(record, tally, classes)
             if require_labels and protein.target is None:
-                raise _Refused(
+                raise _WrongRecordError(
                     "no label", "has no label; add TARGET= to the header, give a table with --labels, or leave it out"
                 )
             if _repeats(protein, record.line, seen):
                 tally.accepted["records given twice"] += 1
                 continue
-        except _Refused as refused:
-            message = f"{path}:{record.line}: record {record.id!r}: {refused}"
+        except _WrongRecordError as wrong:
+            message = f"{path}:{record.line}: record {record.id!r}: {wrong}"
             if not skip_invalid:
                 raise DataError(message) from None
-            tally.skip(refused.reason, message)
+            tally.skip(wrong.reason, message)
             continue
         tally.proteins += 1
         tally.residues += len(protein.sequence)
@@ -154,7 +154,7 @@ def _records(lines: Iterator[Line], path: str | os.PathLike[str], counts: ReadCo
     )
 
 
-def _read_labels(path: str | os.PathLike[str], counts: ReadCounts) -> dict[str, Record]:
+def _read_labels(path: str | os.PathLike[str]) -> dict[str, Record]:
     beside: dict[str, Record] = {}
     for record in table_records(read_lines(path, ReadCounts()), path, needs=("id", "target")):
         known = beside.setdefault(record.id, record)
@@ -175,7 +175,7 @@ def _join(record: Record, beside: Mapping[str, Record], labels: str | os.PathLik
     for field in ("target", "set", "validation"):
         here, there = getattr(record, field), getattr(found, field)
         if here is not None and there is not None and here != there:
-            raise _Refused(
+            raise _WrongRecordError(
                 f"{field} contradicts the labels file",
                 f"{field} is {here!r} here and {there!r} in {labels}:{found.line}; keep one of them",
             )
@@ -183,29 +183,37 @@ def _join(record: Record, beside: Mapping[str, Record], labels: str | os.PathLik
 
 
 def _check(record: Record, counts: ReadCounts, classes: Sequence[str]) -> Protein:
-    """Return the validated protein, or raise `_Refused`."""
+    """Return the validated protein, or raise `_WrongRecordError`."""
     if not record.id:
-        raise _Refused("no id", "has no id; put a name after '>' without a blank between, or fill the id column")
+        raise _WrongRecordError(
+            "no id", "has no id; put a name after '>' without a blank between, or fill the id column"
+        )
     if not record.id.isprintable() or any(character.isspace() for character in record.id):
-        raise _Refused("blank or control character in the id", "the id holds a blank or a control character; rename it")
+        raise _WrongRecordError(
+            "blank or control character in the id", "the id holds a blank or a control character; rename it"
+        )
     sequence = _check_sequence(record.sequence, counts)
     target = _check_target(record.target, counts, classes)
     part, implied = _SETS.get((record.set or "train").lower(), (None, None))
     if part is None:
-        raise _Refused("unknown set", f"SET is {record.set!r}; allowed are 'train' and 'test'")
+        raise _WrongRecordError("unknown set", f"SET is {record.set!r}; allowed are 'train' and 'test'")
     flag = _FLAGS.get(record.validation.lower()) if record.validation is not None else bool(implied)
     if flag is None:
-        raise _Refused("unknown validation flag", f"VALIDATION is {record.validation!r}; allowed are True and False")
+        raise _WrongRecordError(
+            "unknown validation flag", f"VALIDATION is {record.validation!r}; allowed are True and False"
+        )
     if flag and part == "test":
-        raise _Refused("validation in the test set", "is in the test set and flagged for validation; choose one")
+        raise _WrongRecordError(
+            "validation in the test set", "is in the test set and flagged for validation; choose one"
+        )
     return Protein(record.id, sequence, target, part, flag or bool(implied))
 
 
 def _check_sequence(sequence: str, counts: ReadCounts) -> str:
     if not sequence:
-        raise _Refused("no sequence", f"has a header and no sequence; {_FIX}")
+        raise _WrongRecordError("no sequence", f"has a header and no sequence; {_FIX}")
     if len(sequence) > MAX_RESIDUES:
-        raise _Refused("too long", f"has more than {MAX_RESIDUES:,} residues; check what file this is")
+        raise _WrongRecordError("too long", f"has more than {MAX_RESIDUES:,} residues; check what file this is")
     if _USUAL_ONLY.fullmatch(sequence):
         return sequence
     if sequence.endswith("*"):
@@ -215,25 +223,25 @@ def _check_sequence(sequence: str, counts: ReadCounts) -> str:
     if upper != sequence:
         counts.accepted["records with lower-case letters"] += 1
     if not _ALLOWED_ONLY.fullmatch(upper):
-        raise _refused_letter(upper)
+        raise _wrong_letter(upper)
     for letter in UNUSUAL:
         if number := upper.count(letter):
             counts.unusual[letter] += number
     return upper
 
 
-def _refused_letter(sequence: str) -> _Refused:
+def _wrong_letter(sequence: str) -> _WrongRecordError:
     if not sequence:
-        return _Refused("no sequence", f"has a stop and no sequence; {_FIX}")
+        return _WrongRecordError("no sequence", f"has a stop and no sequence; {_FIX}")
     match = _ILLEGAL.search(sequence)
     assert match is not None
     letter, position = match.group(), match.start() + 1
     if letter in "-.~":
-        return _Refused("gap", f"gap {letter!r} at residue {position}: this is an alignment; remove the gaps")
+        return _WrongRecordError("gap", f"gap {letter!r} at residue {position}: this is an alignment; remove the gaps")
     if letter == "*":
-        return _Refused("stop inside", f"stop '*' at residue {position}, before the end; {_FIX}")
+        return _WrongRecordError("stop inside", f"stop '*' at residue {position}, before the end; {_FIX}")
     name = {"\0": "a NUL byte", " ": "a blank"}.get(letter, f"letter {letter!r}")
-    return _Refused("illegal letter", f"{name} at residue {position} is not an amino acid; {_FIX}")
+    return _WrongRecordError("illegal letter", f"{name} at residue {position} is not an amino acid; {_FIX}")
 
 
 def _check_target(target: str | None, counts: ReadCounts, classes: Sequence[str]) -> str | None:
@@ -242,12 +250,12 @@ def _check_target(target: str | None, counts: ReadCounts, classes: Sequence[str]
     label = find_label(target, classes)
     if label is None:
         if ";" in target:
-            raise _Refused(
+            raise _WrongRecordError(
                 "several locations",
                 f"not yet: {target!r} names several locations and this release takes one location per protein; "
                 "keep the proteins with one, or pass --skip-invalid to leave the others out",
             )
-        raise _Refused("unknown label", unknown_label(target, classes))
+        raise _WrongRecordError("unknown label", unknown_label(target, classes))
     if label != target:
         counts.accepted[f"label {target!r} read as {label!r}"] += 1
     return label
@@ -261,9 +269,11 @@ def _repeats(protein: Protein, line: int, seen: dict[str, _Seen]) -> bool:
     if before is now:
         return False
     if before.digest != digest:
-        raise _Refused(
+        raise _WrongRecordError(
             "id given twice", f"the id comes in line {before.line} with another sequence; give each protein its own id"
         )
     if before[2:] != now[2:]:
-        raise _Refused("label given twice", f"comes in line {before.line} with another label or set; keep one of them")
+        raise _WrongRecordError(
+            "label given twice", f"comes in line {before.line} with another label or set; keep one of them"
+        )
     return True

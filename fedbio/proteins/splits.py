@@ -48,8 +48,8 @@ def partition(
     Notes
     -----
     Train and validation proteins of a class follow the same shares. A site left with fewer than `MIN_TRAIN` train or
-    `MIN_VALIDATION` validation proteins (or an equal share, if that is less) then receives proteins, one at a time, from
-    the largest class of the site that has most: no draw leaves a site empty.
+    `MIN_VALIDATION` validation proteins (or an equal share, if that is less) then receives proteins, one at a time,
+    from the largest class of the site that has most: no draw leaves a site empty.
     """
     if alpha <= 0:
         raise DataError(f"alpha is {alpha}; a Dirichlet distribution needs alpha > 0")
