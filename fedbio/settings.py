@@ -168,6 +168,7 @@ class ClassifyJob(_Settings):
     name: PartyName = "classify"
     workflow: Literal["classify"]
     classes: Annotated[list[str], Field(min_length=2), AfterValidator(_no_twins)] = list(COMPARTMENTS)
+    """The locations to tell apart, in the order of the classifier's outputs; labels outside them are errors."""
     training: TrainingSettings = TrainingSettings()
 
 
@@ -240,6 +241,7 @@ class RunSettings(_Settings):
     embeddings: str | None = None
     """An embeddings file of the same encoder to take vectors from instead of computing them again."""
     classes: Annotated[list[str], Field(min_length=2), AfterValidator(_no_twins)] = list(COMPARTMENTS)
+    """The locations to tell apart, in the order of the classifier's outputs; labels outside them are errors."""
     training: TrainingSettings = TrainingSettings()
     federation: FederationLimits = FederationLimits()
     report: ReportSettings = ReportSettings()

@@ -22,7 +22,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"key {key!r} is there twice", problem_mark=key_node.start_mark)
             seen.add(key)
@@ -102,7 +102,8 @@ def _describe(problem: Any, model: type[pydantic.BaseModel]) -> str:
     if kind == "union_tag_not_found":
         return f"{key}: missing key {context['discriminator']}"
     if kind == "union_tag_invalid":
-        return f"{key}: expected {context['discriminator']} to be one of {context['expected_tags']}, found {context['tag']!r}"
+        tag, allowed = context["discriminator"], context["expected_tags"]
+        return f"{key}: expected {tag} to be one of {allowed}, found {context['tag']!r}"
     expected = {
         "greater_than_equal": "a number >= {ge}",
         "greater_than": "a number > {gt}",

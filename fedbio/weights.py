@@ -1,0 +1,222 @@
+"""Know an encoder by its files alone: its configuration, its weights as NumPy arrays and their digest, without torch."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CONFIG_FILE",
+    "ESM1NV",
+    "WEIGHTS_FILE",
+    "EncoderConfig",
+    "Weights",
+    "check_shapes",
+    "inference_shapes",
+    "read_config",
+    "read_weights",
+    "weights_digest",
+    "write_weights",
+]
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fedbio.errors import DataError, FormatError
+from fedbio.files import whole_file, write_whole
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+Weights = dict[str, NDArray[np.float32]]
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class EncoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The architecture of an encoder; the defaults are ESM-1nv's.
+
+    Parameters
+    ----------
+    name : str
+        What reports and embeddings files call it.
+    trained : bool
+        False if the weights are random numbers from a seed.
+    layers, heads, width, ffn : int
+        Transformer layers, attention heads, embedding width D, and width of the feed-forward network.
+    vocabulary : int
+        Rows of the token table; ESM-1nv pads its 30 pieces to 128.
+    max_tokens : int
+        Longest input with start and end token; two less is the longest protein in residues.
+    alphabet : str
+        ``"esm1nv"`` (SentencePiece of BioNeMo) or ``"esm"`` (fair-esm's 33 tokens).
+    positions : str
+        ``"learned"``: a table of `max_tokens` rows; ``"rotary"``: queries and keys are turned by their position.
+    activation : str
+        ``"gelu_tanh"`` (Megatron's fused form) or ``"gelu"`` (by the error function) in the feed-forward network.
+    token_scale : float
+        Factor on token embeddings: 1 - 0.15 * 0.8 for fair-esm models trained with token dropout, else 1.
+    embedding_norm : bool
+        Whether a layer norm follows the embedding (ESM-1b).
+    """
+
+    format: Literal["fedbio-encoder"] = "fedbio-encoder"
+    version: Literal[1] = 1
+    name: str = "esm1nv-44m"
+    trained: bool = True
+    layers: _Count = 6
+    heads: _Count = 12
+    width: _Count = 768
+    ffn: _Count = 3072
+    vocabulary: _Count = 128
+    max_tokens: Annotated[int, msgspec.Meta(ge=3)] = 512
+    alphabet: Literal["esm1nv", "esm"] = "esm1nv"
+    positions: Literal["learned", "rotary"] = "learned"
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    token_scale: float = 1.0
+    embedding_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} is not a multiple of twice the number of heads, {self.heads}")
+
+    @property
+    def max_residues(self) -> int:
+        """The longest protein that is taken whole, in residues."""
+        return self.max_tokens - 2
+
+
+ESM1NV = EncoderConfig(trained=False)
+"""ESM-1nv as BioNeMo 1.10 published it: 43,612,544 parameters with its language-model head."""
+
+
+def inference_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that inference uses (all but the language-model head), sorted by name."""
+    width, ffn = config.width, config.ffn
+    shapes: dict[str, tuple[int, ...]] = {"tokens.weight": (config.vocabulary, width)}
+    if config.positions == "learned":
+        shapes["positions.weight"] = (config.max_tokens, width)
+    norms = ["final_norm"] + ["embedding_norm"] * config.embedding_norm
+    linears: dict[str, tuple[int, int]] = {}
+    for layer in range(config.layers):
+        prefix = f"layers.{layer}"
+        norms += [f"{prefix}.attention_norm", f"{prefix}.ffn_norm"]
+        linears |= {
+            f"{prefix}.qkv": (3 * width, width),
+            f"{prefix}.out": (width, width),
+            f"{prefix}.up": (ffn, width),
+            f"{prefix}.down": (width, ffn),
+        }
+    for name in norms:
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return dict(sorted(shapes.items()))
+
+
+def weights_digest(weights: Mapping[str, NDArray[np.float32]]) -> str:
+    """SHA-256 of the weights that inference uses, as 64 hexadecimal digits.
+
+    Notes
+    -----
+    The digest is that of the safetensors file which holds exactly these float32 tensors, sorted by name and without
+    metadata; a language-model head beside them does not count. ``sha256sum model.safetensors`` gives the same
+    for a folder without a head.
+    """
+    names = sorted(name for name in weights if not name.startswith("lm_head."))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        begin, end = end, end + weights[name].nbytes
+        header[name] = {"dtype": "F32", "shape": list(weights[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        digest.update(np.ascontiguousarray(weights[name], dtype="<f4").reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def read_config(folder: str | os.PathLike[str]) -> EncoderConfig:
+    """Read the architecture of an encoder folder.
+
+    Raises
+    ------
+    FormatError
+        If there is no readable ``config.json``; the message names the key.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise FormatError(f"{path}: not found; an encoder folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=EncoderConfig)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: not a configuration that this release can read: {error}") from error
+
+
+def read_weights(folder: str | os.PathLike[str]) -> tuple[EncoderConfig, Weights]:
+    """Read an encoder folder: its architecture, and all tensors of its weights file, checked against each other.
+
+    Raises
+    ------
+    FormatError
+        If a file is missing or damaged, or a tensor is missing, of another shape, or not float32.
+    """
+    config = read_config(folder)
+    path = Path(folder) / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="np") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except FileNotFoundError:
+        raise FormatError(f"{path}: not found; an encoder folder holds {CONFIG_FILE} and {WEIGHTS_FILE}") from None
+    except (SafetensorError, OSError, TypeError) as error:
+        raise FormatError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
+    check_shapes(weights, config, where=str(path))
+    return config, weights
+
+
+def check_shapes(weights: Mapping[str, NDArray[Any]], config: EncoderConfig, *, where: str) -> None:
+    """Refuse weights that do not fit the architecture.
+
+    Raises
+    ------
+    FormatError
+        Naming the first tensor that is missing, unknown, of another shape or not float32.
+    """
+    expected = inference_shapes(config)
+    for name, shape in expected.items():
+        found = weights.get(name)
+        if found is None:
+            raise FormatError(f"{where}: tensor {name!r} is missing; {config.name} needs it with shape {list(shape)}")
+        if found.shape != shape or found.dtype != np.float32:
+            raise FormatError(
+                f"{where}: tensor {name!r}: expected float32 of shape {list(shape)}, "
+                f"found {found.dtype} of shape {list(found.shape)}"
+            )
+    for name in weights:
+        if name not in expected and not name.startswith("lm_head."):
+            raise FormatError(f"{where}: tensor {name!r} is not part of {config.name}")
+
+
+def write_weights(folder: str | os.PathLike[str], config: EncoderConfig, weights: Weights) -> None:
+    """Write an encoder folder that `read_weights` reads; each of its two files appears whole.
+
+    Raises
+    ------
+    DataError
+        If the weights do not fit the architecture.
+    """
+    target = Path(folder)
+    try:
+        check_shapes(weights, config, where=str(target))
+    except FormatError as error:
+        raise DataError(str(error)) from error
+    with whole_file(target / WEIGHTS_FILE) as beside:
+        save_file({name: np.ascontiguousarray(tensor) for name, tensor in weights.items()}, beside)
+    write_whole(target / CONFIG_FILE, msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")

@@ -1,0 +1,127 @@
+"""Settings: every problem at once, with file, dotted key and remedy; files in the repository are valid."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedbio import settings
+from fedbio.errors import SettingsError
+
+ROOT = Path(__file__).parent.parent
+
+
+def problems_of(tmp_path: Path, text: str, model: type = settings.RunSettings, overrides: tuple[str, ...] = ()) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        settings.load(path, model, list(overrides))
+    assert caught.value.exit_code == 2
+    return str(caught.value).replace(f"{path}", "config.yaml")
+
+
+def test_load_reports_all_problems_at_once_with_dotted_keys(tmp_path: Path) -> None:
+    text = "datset: demo\nsites: {count: many}\ntraining:\n  rounds: 0\n  sedes: [1]\n  mlps: ['32', 7x]\n"
+    assert problems_of(tmp_path, text).splitlines() == [
+        "config.yaml: sites.count: expected an integer, found 'many'",
+        "config.yaml: training.mlps.1: expected one to eight layer widths joined by hyphens, for example 256-128-64",
+        "config.yaml: training.rounds: expected a number >= 1, found 0",
+        "config.yaml: training.sedes: unknown key; did you mean 'seeds'?",
+        "config.yaml: datset: unknown key; did you mean 'dataset'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "run: ../else",
+            r"config.yaml: run: expected text of the form ^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$, found '../else'",
+        ),
+        ("report: {map: perhaps}", "config.yaml: report.map: expected true or false, found 'perhaps'"),
+        ("training: 5", "config.yaml: training: expected further keys, found 5"),
+        ("encoder: {long: fold}", "config.yaml: encoder.long: expected 'cut' or 'window', found 'fold'"),
+        ("training: {seeds: [1, 1]}", "config.yaml: training.seeds: 1 named twice; name each once"),
+        ("federation: {min_sites: 4}", "config.yaml: federation.min_sites is 4, but sites.count is only 3"),
+        ("- a list", "config.yaml: expected keys and values, found ['a list']"),
+        (
+            "run: one\nrun: two",
+            "config.yaml:2: not valid YAML: key 'run' is there twice; check the indentation and quotes",
+        ),
+    ],
+)
+def test_load_names_key_found_and_allowed(tmp_path: Path, text: str, message: str) -> None:
+    assert problems_of(tmp_path, text) == message
+
+
+def test_load_names_the_line_of_broken_yaml(tmp_path: Path) -> None:
+    message = problems_of(tmp_path, "run: demo\nsites: {count: 3\n")
+    assert message.startswith("config.yaml:3: not valid YAML: ")
+
+
+def test_load_names_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"nowhere\.yaml: there is no such settings file; check the path"):
+        settings.load(tmp_path / "nowhere.yaml", settings.RunSettings)
+
+
+def test_jobs_file_suggests_keys_of_the_chosen_workflow(tmp_path: Path) -> None:
+    text = "jobs:\n  - {workflow: embed, encodr: {}}\n  - {workflow: clasify}\n"
+    assert problems_of(tmp_path, text, settings.JobsFile).splitlines() == [
+        "config.yaml: jobs.0.encodr: unknown key; did you mean 'encoder'?",
+        "config.yaml: jobs.1: expected 'workflow' to be one of 'embed', 'classify', 'projection', found 'clasify'",
+    ]
+
+
+def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("training: {rounds: 5, batch_size: 8}\n")
+    loaded = settings.load(
+        path, settings.RunSettings, ["training.rounds=7", "training.learning_rate=1e-2", "dataset=a.csv.gz"]
+    )
+    assert (loaded.training.rounds, loaded.training.batch_size, loaded.training.learning_rate) == (7, 8, 0.01)
+    assert loaded.run_name == "a"
+
+
+@pytest.mark.parametrize("override", ["training.rounds", "=3", "dataset.name=3", "run={"])
+def test_overrides_that_make_no_sense_are_refused(tmp_path: Path, override: str) -> None:
+    problems_of(tmp_path, "dataset: demo", overrides=(override,))
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("config.yaml", "config"),
+        ("site.yaml", "site"),
+        ("server.yaml", "server"),
+        ("federation.yaml", "federation"),
+        ("jobs/classify.yaml", "jobs"),
+    ],
+)
+def test_settings_in_the_repository_are_valid(file: str, kind: str) -> None:
+    settings.load(ROOT / "config" / file, settings.FILES[kind])
+
+
+@pytest.mark.parametrize("kind", settings.FILES)
+def test_schemas_in_the_repository_are_those_of_the_types(kind: str) -> None:
+    path = ROOT / "workflow" / "schemas" / f"{kind}.schema.json"
+    assert json.loads(path.read_text()) == settings.FILES[kind].model_json_schema(), (
+        f"run: fedbio settings schema {kind} -o {path.relative_to(ROOT)}"
+    )
+
+
+def test_every_setting_says_what_it_means() -> None:
+    for kind in ("config", "site", "server", "jobs"):
+        schema = settings.FILES[kind].model_json_schema()
+        for name, model in {"": schema, **schema.get("$defs", {})}.items():
+            for key, value in model["properties"].items():
+                described = "description" in value or "$ref" in value or "const" in value or key in {"jobs", "name"}
+                assert described, f"{kind}: {name}.{key} has no description"
+
+
+def test_hidden_layers_are_read_from_their_name() -> None:
+    assert settings.parse_hidden("256-128-64") == (256, 128, 64)
+    for wrong in ("", "0", "12-", "a-b", "1.5", "-3", "9" * 9, "-".join("9" * 9)):
+        with pytest.raises(ValueError, match="expected one to eight layer widths"):
+            settings.parse_hidden(wrong)
