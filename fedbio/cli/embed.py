@@ -1,0 +1,63 @@
+"""``fedbio embed``: proteins in, an embeddings file out."""
+
+from __future__ import annotations
+
+__all__ = ["EXAMPLE", "HELP", "configure", "run"]
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+HELP = "Embed a FASTA file into an HDF5 store."
+EXAMPLE = "fedbio embed proteins.fasta -o proteins.h5 --encoder esm2_t6_8M_UR50D.pt"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("source", type=Path, metavar="FILE", help="proteins: FASTA, CSV or TSV, plain or .gz")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="EMB.h5", help="embeddings file to make")
+    parser.add_argument("--encoder", default="esm1nv-44m", help="built-in name, encoder folder, or fair-esm .pt file")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights of an untrained encoder")
+    parser.add_argument("--sha256", metavar="DIGEST", help="digest that the weights must have")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="arithmetic")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:NUMBER")
+    parser.add_argument(
+        "--long",
+        choices=["cut", "window"],
+        default="cut",
+        help="longer proteins: use their beginning, or average overlapping windows",
+    )
+    parser.add_argument("--batch-residues", type=int, metavar="N", help="the most tokens in a pack")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all that are allowed)")
+    parser.add_argument("--reuse", type=Path, metavar="EMB.h5", help="take rows of the same encoder from this file")
+    parser.add_argument("--labels", type=Path, metavar="CSV", help="table of labels beside the proteins")
+    parser.add_argument("--skip-invalid", action="store_true", help="leave wrong records out instead of stopping")
+    parser.add_argument("--label", default="embedding", help="what the progress line says")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Embed, and say what was done."""
+    from fedbio.encoder.embed import embed_file
+
+    report = embed_file(
+        args.source,
+        args.output,
+        encoder=args.encoder,
+        seed=args.seed,
+        expected_sha256=args.sha256,
+        dtype=args.dtype,
+        device=args.device,
+        long=args.long,
+        batch_residues=args.batch_residues,
+        threads=args.threads,
+        reuse=args.reuse,
+        label=args.label,
+        skip_invalid=args.skip_invalid,
+        labels=args.labels,
+    )
+    if not args.json:
+        print(f"{args.output}: {report.proteins:,} proteins, {report.residues:,} residues in {report.seconds:.1f} s")
+    return {**asdict(report), "encoder": msgspec.structs.asdict(report.encoder), "output": str(args.output)}

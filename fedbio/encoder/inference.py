@@ -1,0 +1,154 @@
+"""Run the encoder on packs of pieces: choose device and arithmetic, pool over residues, halve a pack that is too big."""
+
+from __future__ import annotations
+
+__all__ = ["Inference", "choose_device", "choose_dtype"]
+
+import logging
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedbio.encoder.alphabet import ALPHABETS
+from fedbio.encoder.network import Encoder
+from fedbio.encoder.packs import ENDS, Plan
+from fedbio.errors import MachineError, SettingsError
+from fedbio.weights import EncoderConfig, Weights
+
+log = logging.getLogger(__name__)
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"`` into a device that exists.
+
+    Raises
+    ------
+    MachineError
+        If a CUDA device is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SettingsError(f"device {name!r}: expected auto, cpu, cuda or cuda:NUMBER") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MachineError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+    if device.type not in ("cpu", "cuda"):
+        raise SettingsError(f"device {name!r}: expected auto, cpu, cuda or cuda:NUMBER")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn ``"auto"``, ``"float32"`` or ``"bfloat16"`` into the arithmetic of the linear maps and of attention.
+
+    Notes
+    -----
+    ``"auto"`` takes bfloat16 only where the hardware multiplies it; elsewhere it is emulated, ten times slower.
+    """
+    if name == "float32":
+        return torch.float32
+    if name == "bfloat16":
+        return torch.bfloat16
+    if name != "auto":
+        raise SettingsError(f"dtype {name!r}: expected auto, float32 or bfloat16")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+class Inference:
+    """An encoder on its device, ready to turn pieces of proteins into sums over their residues.
+
+    Parameters
+    ----------
+    config, weights
+        As `fedbio.weights.read_weights` gives them; a language-model head is left out.
+    device, dtype
+        See `choose_device` and `choose_dtype`.
+    threads : int, optional
+        CPU threads; by default as many as this process may use.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        weights: Weights,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        threads: int | None = None,
+    ) -> None:
+        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+        self.config, self.device, self.dtype = config, device, dtype
+        self._alphabet = ALPHABETS[config.alphabet]
+        with torch.device("meta"):
+            network = Encoder(config)
+        network.load_state_dict(
+            {name: torch.from_numpy(tensor) for name, tensor in weights.items() if not name.startswith("lm_head.")},
+            assign=True,
+        )
+        for module in network.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)  # norms, tables and the residual stream stay float32
+        self._network = network.to(device).requires_grad_(False).eval()
+
+    def pack(self, sequences: Sequence[bytes], plan: Plan, number: int) -> NDArray[np.float32]:
+        """Embed the pieces of one pack.
+
+        Parameters
+        ----------
+        sequences : sequence of bytes
+            Residues of each protein that `plan` speaks of.
+        plan : Plan
+        number : int
+            Which pack.
+
+        Returns
+        -------
+        ndarray, shape (pieces of the pack, D), float32
+            For each piece the sum over the residues that count.
+        """
+        return self._span(sequences, plan, int(plan.packs[number]), int(plan.packs[number + 1]))
+
+    def _span(self, sequences: Sequence[bytes], plan: Plan, first: int, last: int) -> NDArray[np.float32]:
+        try:
+            return self._compute(sequences, plan, first, last)
+        except torch.OutOfMemoryError as error:
+            if last - first == 1:
+                raise MachineError(
+                    f"{self.device}: not enough memory for one protein of {plan.end[first] - plan.begin[first]} "
+                    "residues; stop other programs there or use device cpu"
+                ) from error
+        torch.cuda.empty_cache()
+        middle = (first + last) // 2
+        log.warning("out of memory on %s, pack halved pieces=%d", self.device, last - first)
+        halves = [self._span(sequences, plan, first, middle), self._span(sequences, plan, middle, last)]
+        return np.concatenate(halves)
+
+    @torch.inference_mode()
+    def _compute(self, sequences: Sequence[bytes], plan: Plan, first: int, last: int) -> NDArray[np.float32]:
+        begin, end = plan.begin[first:last], plan.end[first:last]
+        lengths = end - begin + ENDS
+        ends = np.cumsum(lengths)
+        tokens = np.empty(int(ends[-1]), dtype=np.int64)
+        for piece, stop in enumerate(ends.tolist()):
+            start = stop - int(lengths[piece])
+            residues = sequences[plan.protein[first + piece]][begin[piece] : end[piece]]
+            tokens[start], tokens[stop - 1] = self._alphabet.start, self._alphabet.end
+            tokens[start + 1 : stop - 1] = self._alphabet.encode(residues)
+        changes = np.flatnonzero(np.diff(lengths, prepend=0))
+        counts = np.diff(changes, append=len(lengths))
+        runs = list(zip(counts.tolist(), lengths[changes].tolist(), strict=True))
+        hidden = self._network(torch.from_numpy(tokens).to(self.device), runs)  # (T, D)
+        # start token and left context, residues that count, right context and end token: every third sum is wanted
+        pooled = plan.pool_end[first:last] - plan.pool_begin[first:last]
+        before = plan.pool_begin[first:last] - begin + 1
+        parts = np.stack([before, pooled, lengths - before - pooled], axis=1).reshape(-1)
+        sums = torch.segment_reduce(hidden, "sum", lengths=torch.from_numpy(parts).to(self.device), axis=0)[1::3]
+        return sums.cpu().numpy()  # type: ignore[no-any-return]

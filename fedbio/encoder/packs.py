@@ -1,0 +1,98 @@
+"""Plan the work: cut proteins into pieces that the encoder takes, and pieces of like length into packs.
+
+The plan is a function of the proteins and the budget alone, never of the machine's speed or of where a run was
+broken off, so the same call gives the same bytes whenever it is repeated.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Plan", "make_plan"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+ENDS = 2
+"""Tokens that stand around a piece: start and end."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pieces of proteins in the order in which they are computed.
+
+    Parameters
+    ----------
+    protein : ndarray, shape (pieces,), int64
+        Which protein a piece is from.
+    begin, end : ndarray, shape (pieces,), int64
+        The residues that the encoder sees.
+    pool_begin, pool_end : ndarray, shape (pieces,), int64
+        The residues among them that count: with windows, each residue of a protein counts in one piece only.
+    packs : ndarray, shape (packs + 1,), int64
+        Pack k holds the pieces from ``packs[k]`` to ``packs[k + 1]``.
+    """
+
+    protein: NDArray[np.int64]
+    begin: NDArray[np.int64]
+    end: NDArray[np.int64]
+    pool_begin: NDArray[np.int64]
+    pool_end: NDArray[np.int64]
+    packs: NDArray[np.int64]
+
+    @property
+    def residues(self) -> int:
+        """How many residues the encoder sees in all."""
+        return int((self.end - self.begin).sum())
+
+
+def make_plan(lengths: Sequence[int], *, max_residues: int, windows: bool, budget: int) -> Plan:
+    """Plan how to embed proteins of given lengths.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Residues of each protein, all at least 1.
+    max_residues : int
+        The longest piece that the encoder takes.
+    windows : bool
+        Cover a longer protein by overlapping windows; otherwise only its first `max_residues` residues are used.
+    budget : int
+        The most tokens in a pack; a piece that is longer is a pack of its own.
+
+    Notes
+    -----
+    Windows overlap by at least a quarter and are spread evenly; the border between the residues that count in one
+    and in the next lies in the middle of their overlap.
+    """
+    rows = []
+    for protein, length in enumerate(lengths):
+        if length <= max_residues or not windows:
+            stop = min(length, max_residues)
+            rows.append((protein, 0, stop, 0, stop))
+        else:
+            rows += [(protein, *window) for window in _windows(length, max_residues)]
+    pieces = np.array(rows, dtype=np.int64).reshape(-1, 5)
+    # longest first: what needs most memory is met at once; stable, so that equal lengths keep the input's order
+    pieces = pieces[np.argsort(pieces[:, 1] - pieces[:, 2], kind="stable")]
+    packs = [0]
+    tokens = 0
+    for place, length in enumerate((pieces[:, 2] - pieces[:, 1] + ENDS).tolist()):
+        if tokens and tokens + length > budget:
+            packs.append(place)
+            tokens = 0
+        tokens += length
+    packs.append(len(pieces))
+    return Plan(*np.ascontiguousarray(pieces.T), packs=np.array(packs if len(pieces) else [0], dtype=np.int64))
+
+
+def _windows(length: int, size: int) -> list[tuple[int, int, int, int]]:
+    overlap = size // 4
+    count = -(-(length - overlap) // (size - overlap))
+    begins = [round(k * (length - size) / (count - 1)) for k in range(count)]
+    borders = [0, *((left + size + right) // 2 for left, right in zip(begins, begins[1:], strict=False)), length]
+    return [
+        (begin, begin + size, borders[k], borders[k + 1])
+        for k, begin in enumerate(begins)
+    ]  # fmt: skip
