@@ -38,7 +38,7 @@ from fedbio.weights import EncoderConfig, Weights, weights_digest
 
 log = logging.getLogger(__name__)
 
-BATCH_RESIDUES = {"cpu": 4096, "cuda": 65_536}
+BATCH_RESIDUES = {"cpu": 2048, "cuda": 65_536}
 """Tokens of a pack by kind of device, where the caller names no number."""
 
 _Path = str | os.PathLike[str]
@@ -129,7 +129,7 @@ def embed_file(
     long : {"cut", "window"}
         What to do with proteins longer than the encoder takes: use their beginning, or average overlapping windows.
     batch_residues : int, optional
-        The most tokens in a pack; 4,096 on a CPU and 65,536 on CUDA. Part of the plan: another number may change the
+        The most tokens in a pack; 2,048 on a CPU and 65,536 on CUDA. Part of the plan: another number may change the
         last bits of the result.
     threads : int, optional
         CPU threads; by default as many as this process may use.

@@ -80,7 +80,7 @@ class Layer(nn.Module):
 
     def attention(self, qkv: Tensor, runs: Runs) -> Tensor:
         """Attend within each protein, (T, 3D) -> (T, D)."""
-        pieces = []
+        mixed = torch.empty_like(qkv[:, : qkv.shape[1] // 3])  # (T, D)
         start = 0
         for count, length in runs:
             stop = start + count * length
@@ -91,9 +91,9 @@ class Layer(nn.Module):
                 cosine, sine = rotary_tables(length, q.shape[-1], q.device)
                 q, k = turn(q, cosine, sine), turn(k, cosine, sine)
             attended = F.scaled_dot_product_attention(q, k, v)  # (N, H, L, E)
-            pieces.append(attended.transpose(1, 2).reshape(stop - start, -1))  # (N * L, D)
+            mixed[start:stop].view(count, length, self.heads, -1).copy_(attended.transpose(1, 2))  # (N, L, H, E)
             start = stop
-        return torch.cat(pieces)  # (T, D)
+        return mixed
 
 
 class LanguageModelHead(nn.Module):
