@@ -1,0 +1,70 @@
+"""Queue frames on their way out, so that a small one never waits behind a large model."""
+
+from __future__ import annotations
+
+__all__ = ["Outbox"]
+
+import collections
+import threading
+
+from fedbio.transport.drivers.base import ConnectionClosed
+
+BULK_FRAMES = 2
+"""Bulk frames queued at most: one on the link, one ready; more would only delay what is urgent."""
+
+URGENT_FRAMES = 1024
+"""Urgent frames queued at most: a peer that reads none of so many is as good as gone."""
+
+
+class Outbox:
+    """Two lanes: urgent frames leave first, bulk frames wait for their turn."""
+
+    def __init__(self) -> None:
+        self._urgent: collections.deque[bytes] = collections.deque()
+        self._bulk: collections.deque[bytes] = collections.deque()
+        self._lock = threading.Lock()
+        self._filled = threading.Condition(self._lock)
+        self._drained = threading.Condition(self._lock)
+        self._reason: str | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why no more frames are taken; None while they are."""
+        return self._reason
+
+    def put(self, frame: bytes, *, bulk: bool) -> None:
+        """Queue a frame; a bulk one waits while the bulk lane is full."""
+        with self._lock:
+            while bulk and len(self._bulk) >= BULK_FRAMES and self._reason is None:
+                self._drained.wait()
+            if self._reason is None and len(self._urgent) >= URGENT_FRAMES:
+                self._close(f"it took none of {URGENT_FRAMES} frames", drop=True)
+            if self._reason is not None:
+                raise ConnectionClosed(self._reason)
+            (self._bulk if bulk else self._urgent).append(frame)
+            self._filled.notify()
+
+    def take(self) -> bytes | None:
+        """Wait for the next frame to send; None after `close`, once all that was queued is out."""
+        with self._lock:
+            while not self._urgent and not self._bulk:
+                if self._reason is not None:
+                    return None
+                self._filled.wait()
+            if self._urgent:
+                return self._urgent.popleft()
+            self._drained.notify()
+            return self._bulk.popleft()
+
+    def close(self, reason: str, *, drop: bool) -> None:
+        """Take no more frames; keep those queued unless told to drop them."""
+        with self._lock:
+            self._close(reason, drop=drop)
+
+    def _close(self, reason: str, *, drop: bool) -> None:
+        self._reason = self._reason or reason
+        if drop:
+            self._urgent.clear()
+            self._bulk.clear()
+        self._filled.notify_all()
+        self._drained.notify_all()
