@@ -1,0 +1,110 @@
+"""Train an MLP on embeddings in memory for some epochs, from given parameters to new ones."""
+
+from __future__ import annotations
+
+__all__ = ["TrainOutcome", "train"]
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fedbio.classifier.architecture import Parameters
+from fedbio.classifier.examples import TrainData
+from fedbio.classifier.network import Network, as_tensor
+from fedbio.errors import DataError
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What training came to.
+
+    Parameters
+    ----------
+    parameters : dict of str to ndarray, float32
+    loss : float
+        Mean cross-entropy over the proteins as they were seen in the last epoch, with dropout.
+    steps : int
+        Number of steps.
+    """
+
+    parameters: Parameters
+    loss: float
+    steps: int
+
+
+def train(
+    parameters: Parameters,
+    data: TrainData,
+    *,
+    epochs: int = 1,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 1e-4,
+    dropout: float = 0.2,
+    seed: int = 0,
+    round_number: int = 0,
+) -> TrainOutcome:
+    """Train with a fresh AdamW.
+
+    Parameters
+    ----------
+    parameters : dict of str to ndarray, float32
+        Where training starts; left as they are.
+    data : TrainData
+    epochs : int
+        Passes over `data`, each in an order of its own.
+    batch_size : int
+        The most proteins in a step; the batches of an epoch are of even size.
+    learning_rate, weight_decay, dropout : float
+    seed, round_number : int
+        Together they decide orders and dropout: another round sees another order.
+
+    Returns
+    -------
+    TrainOutcome
+        The same bits for the same arguments, machine and number of torch's threads.
+
+    Raises
+    ------
+    DataError
+        If there is no protein, its embedding has another width than the model, or the loss is no longer finite.
+    """
+    count = len(data)
+    if not count:
+        raise DataError("no protein to train on; a site needs labelled proteins with SET=train")
+    random = np.random.default_rng([seed, round_number])
+    generator = torch.Generator().manual_seed(int(random.integers(2**63)))
+    network = Network(parameters, dropout=dropout, generator=generator).train()
+    _check_fit(parameters, data)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
+    features, targets = as_tensor(data.features), torch.from_numpy(np.array(data.targets, dtype=np.int64))
+    batches = math.ceil(count / batch_size)
+    total = torch.zeros(())
+    for _ in range(epochs):
+        order = torch.from_numpy(random.permutation(count))
+        total.zero_()
+        for batch in order.tensor_split(batches):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(network(features[batch]), targets[batch])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            total += loss.detach() * len(batch)
+    mean_loss = float(total) / count
+    if not math.isfinite(mean_loss):
+        raise DataError(
+            f"the loss became {mean_loss} within {epochs * batches} steps; lower training.learning_rate "
+            f"(now {learning_rate:g}), and see that the embeddings are finite"
+        )
+    return TrainOutcome(network.to_parameters(), mean_loss, epochs * batches)
+
+
+def _check_fit(parameters: Parameters, data: TrainData) -> None:
+    width = parameters["layers.0.weight"].shape[1]
+    if data.features.shape[1] != width:
+        raise DataError(
+            f"embeddings of width {data.features.shape[1]} for a classifier that takes {width}; "
+            "embed with the encoder that the federation agreed on"
+        )
