@@ -1,9 +1,10 @@
 """Keep protein embeddings in one HDF5 file: a matrix, the ids and digests of its rows, and how it was made.
 
-Format ``fedbio-embeddings`` version 1. Datasets: ``/embeddings`` (n, d) float32 or float16 in chunks of 256 rows, ``/ids``
-(n,) UTF-8 and unique, ``/lengths`` (n,) int64 in residues, ``/digests`` (n, 32) uint8, SHA-256 of each sequence.
-Attributes of the root: ``format``, ``version``, ``fedbio_version`` and the fields of `fedbio.results.EncoderInfo`. A row was
-cut or averaged over windows, as ``long`` says, if its length is above ``max_residues``.
+Format ``fedbio-embeddings`` version 1. Datasets: ``/embeddings`` (n, d) float32 or float16 in chunks of 256 rows,
+``/ids`` (n,) UTF-8 and unique, ``/lengths`` (n,) int64 in residues, ``/digests`` (n, 32) uint8, SHA-256 of each
+sequence. Attributes of the root: ``format``, ``version``, ``fedbio_version`` and the fields of
+`fedbio.results.EncoderInfo`. A row was cut or averaged over windows, as ``long`` says, if its length is above
+``max_residues``.
 
 While it grows, an embeddings file is a folder of finished shards; the file itself appears whole.
 """
@@ -336,9 +337,9 @@ class EmbeddingsWriter:
             return
         block = np.concatenate(self._pending).astype("<f4", copy=False)
         end = self.done + len(block)
-        path = self.folder / f"{self.done:012d}-{end:012d}.{_checksum(block.reshape(-1).view(np.uint8))}.f32"
+        path = self.folder / f"{self.done:012d}-{end:012d}.{_checksum(block.data.cast("B"))}.f32"
         with whole_file(path) as beside, open(beside, "wb") as file:
-            file.write(memoryview(block.reshape(-1)))
+            file.write(block.data)
         self._shards.append((self.done, path))
         self._pending.clear()
         self.done = end
@@ -349,9 +350,7 @@ class EmbeddingsWriter:
             self.flush()
             if self.done != self._rows:
                 raise ValueError(f"{self.done} of {self._rows} rows are there")
-            self._maps = [
-                np.memmap(path, dtype="<f4", mode="r").reshape(-1, self._width) for _, path in self._shards
-            ]
+            self._maps = [np.memmap(path, dtype="<f4", mode="r").reshape(-1, self._width) for _, path in self._shards]
             self._starts = np.array([start for start, _ in self._shards], dtype=np.int64)
         vectors = np.empty((len(places), self._width), dtype=np.float32)
         shard = np.searchsorted(self._starts, places, side="right") - 1
@@ -365,5 +364,5 @@ class EmbeddingsWriter:
         shutil.rmtree(self.folder)
 
 
-def _checksum(content: bytes | NDArray[np.uint8]) -> str:
+def _checksum(content: bytes | memoryview) -> str:
     return blake3.blake3(content).hexdigest()[:32]

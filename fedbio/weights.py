@@ -1,4 +1,4 @@
-"""Know an encoder by its files alone: its configuration, its weights as NumPy arrays and their digest, without torch."""
+"""Know an encoder by its files alone, without torch: its configuration, its weights and their digest."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def weights_digest(weights: Mapping[str, NDArray[np.float32]]) -> str:
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256(len(text).to_bytes(8, "little") + text)
     for name in names:
-        digest.update(np.ascontiguousarray(weights[name], dtype="<f4").reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(weights[name], dtype="<f4").data)
     return digest.hexdigest()
 
 

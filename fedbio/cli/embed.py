@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["EXAMPLE", "HELP", "configure", "run"]
+__all__ = ["EXAMPLE", "configure", "run"]
 
 import argparse
 from dataclasses import asdict
@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 
-HELP = "Embed a FASTA file into an HDF5 store."
 EXAMPLE = "fedbio embed proteins.fasta -o proteins.h5 --encoder esm2_t6_8M_UR50D.pt"
 
 
@@ -35,11 +34,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reuse", type=Path, metavar="EMB.h5", help="take rows of the same encoder from this file")
     parser.add_argument("--labels", type=Path, metavar="CSV", help="table of labels beside the proteins")
     parser.add_argument("--skip-invalid", action="store_true", help="leave wrong records out instead of stopping")
+    parser.add_argument("--dry-run", action="store_true", help="only estimate time and memory, by a short measurement")
     parser.add_argument("--label", default="embedding", help="what the progress line says")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Embed, and say what was done."""
+    """Embed, or estimate what embedding takes, and say what was done."""
+    if args.dry_run:
+        return _estimate(args)
     from fedbio.encoder.embed import embed_file
 
     report = embed_file(
@@ -61,3 +63,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print(f"{args.output}: {report.proteins:,} proteins, {report.residues:,} residues in {report.seconds:.1f} s")
     return {**asdict(report), "encoder": msgspec.structs.asdict(report.encoder), "output": str(args.output)}
+
+
+def _estimate(args: argparse.Namespace) -> dict[str, Any]:
+    from fedbio.encoder.estimate import estimate_file
+    from fedbio.encoder.setup import EncoderChoice
+
+    choice = EncoderChoice(
+        encoder=args.encoder,
+        seed=args.seed,
+        expected_sha256=args.sha256,
+        dtype=args.dtype,
+        device=args.device,
+        long=args.long,
+        batch_residues=args.batch_residues,
+        threads=args.threads,
+    )
+    estimate = estimate_file(args.source, choice, labels=args.labels, skip_invalid=args.skip_invalid)
+    if not args.json:
+        print(
+            f"{args.source}: {estimate.proteins:,} proteins, {estimate.residues:,} residues, "
+            f"{estimate.longer:,} proteins longer than {estimate.encoder.max_residues} residues\n"
+            f"about {estimate.seconds:,.0f} s on {estimate.device} ({estimate.residues_per_second:,.0f} residues/s), "
+            f"{estimate.memory_bytes / 2**30:.1f} GiB of memory, {estimate.disk_bytes / 2**20:,.0f} MiB of disk"
+        )
+    return {**asdict(estimate), "encoder": msgspec.structs.asdict(estimate.encoder)}

@@ -149,13 +149,12 @@ def _rename(state: Mapping[str, torch.Tensor], config: EncoderConfig, where: str
             raise FormatError(f"{where}: tensor {key!r} is missing; was the file copied completely?")
         return state[key].float()
 
-    ours = [("tokens", ""), ("final_norm", "w"), *([("embedding_norm", "w")] if config.embedding_norm else [])]
+    keys = [("tokens", "weight"), ("final_norm", "weight"), ("final_norm", "bias")]
+    if config.embedding_norm:
+        keys += [("embedding_norm", "weight"), ("embedding_norm", "bias")]
     if config.positions == "learned":
-        ours.append(("positions", ""))
-    weights: dict[str, torch.Tensor] = {}
-    for module, _ in ours:
-        for part in ("weight",) if module in ("tokens", "positions") else ("weight", "bias"):
-            weights[f"{module}.{part}"] = take(f"{_NAMES[module]}.{part}")
+        keys.append(("positions", "weight"))
+    weights = {f"{module}.{part}": take(f"{_NAMES[module]}.{part}") for module, part in keys}
     for layer in range(config.layers):
         prefix = f"layers.{layer}"
         for part in ("weight", "bias"):

@@ -6,42 +6,24 @@ __all__ = ["EmbedReport", "embed_file"]
 
 import hashlib
 import logging
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from fedbio.embeddings import (
-    CHUNK_ROWS,
-    Embeddings,
-    EmbeddingsWriter,
-    check_same_encoder,
-    sequence_digest,
-    write_embeddings,
-)
-from fedbio.encoder.checkpoint import load_encoder_weights
-from fedbio.encoder.inference import Inference, choose_device, choose_dtype
-from fedbio.encoder.packs import Plan, make_plan
-from fedbio.errors import DataError, RefusedError
+from fedbio.embeddings import Embeddings, EmbeddingsWriter, check_same_encoder, write_embeddings
+from fedbio.encoder.packs import Plan
+from fedbio.encoder.rows import Assembly, KnownRows
+from fedbio.encoder.setup import EncoderChoice, Setup, Source, StrPath
+from fedbio.errors import DataError
 from fedbio.files import exclusive_lock
 from fedbio.progress import Progress
-from fedbio.proteins import read
 from fedbio.results import EncoderInfo
-from fedbio.weights import EncoderConfig, Weights, weights_digest
 
 log = logging.getLogger(__name__)
-
-BATCH_RESIDUES = {"cpu": 2048, "cuda": 65_536}
-"""Tokens of a pack by kind of device, where the caller names no number."""
-
-_Path = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -57,9 +39,9 @@ class EmbedReport:
     reused : int
         Proteins whose rows came from an earlier embeddings file.
     resumed : int
-        Distinct proteins that an interrupted run had finished.
+        Distinct sequences that an interrupted run had finished.
     seconds : float
-        From reading the source to the finished file.
+        From loading the encoder to the finished file.
     encoder : EncoderInfo
     """
 
@@ -73,31 +55,11 @@ class EmbedReport:
     encoder: EncoderInfo
 
 
-class Source:
-    """The proteins of a file as inference wants them: ids, lengths, digests, and each distinct sequence once."""
-
-    def __init__(self, path: _Path, *, labels: _Path | None, skip_invalid: bool) -> None:
-        self.ids: list[str] = []
-        self.lengths: list[int] = []
-        self.digests: list[bytes] = []
-        self.sequences: dict[bytes, bytes] = {}
-        for protein in read(path, labels=labels, skip_invalid=skip_invalid):
-            digest = sequence_digest(protein.sequence)
-            self.ids.append(protein.id)
-            self.lengths.append(len(protein.sequence))
-            self.digests.append(digest)
-            self.sequences.setdefault(digest, protein.sequence.encode())
-
-    def is_in(self, embeddings: Embeddings) -> bool:
-        """Whether a file holds exactly these proteins in this order."""
-        return embeddings.ids == self.ids and embeddings.digests.tobytes() == b"".join(self.digests)
-
-
 def embed_file(
-    source: _Path,
-    output: _Path,
+    source: StrPath,
+    output: StrPath,
     *,
-    encoder: _Path = "esm1nv-44m",
+    encoder: StrPath = "esm1nv-44m",
     seed: int = 0,
     expected_sha256: str | None = None,
     dtype: str = "auto",
@@ -105,10 +67,10 @@ def embed_file(
     long: Literal["cut", "window"] = "cut",
     batch_residues: int | None = None,
     threads: int | None = None,
-    reuse: _Path | None = None,
+    reuse: StrPath | None = None,
     label: str = "embedding",
     skip_invalid: bool = False,
-    labels: _Path | None = None,
+    labels: StrPath | None = None,
 ) -> EmbedReport:
     """Embed every protein of a file; a call that was broken off goes on where it was.
 
@@ -129,8 +91,8 @@ def embed_file(
     long : {"cut", "window"}
         What to do with proteins longer than the encoder takes: use their beginning, or average overlapping windows.
     batch_residues : int, optional
-        The most tokens in a pack; 2,048 on a CPU and 65,536 on CUDA. Part of the plan: another number may change the
-        last bits of the result.
+        The most tokens in a pack, by default `fedbio.encoder.setup.BATCH_RESIDUES`. Part of the plan: another number
+        may change the last bits of the result.
     threads : int, optional
         CPU threads; by default as many as this process may use.
     reuse : path-like, optional
@@ -155,87 +117,33 @@ def embed_file(
     """
     started = time.perf_counter()
     target = Path(output)
-    place = choose_device(device)
-    arithmetic = choose_dtype(dtype, place)
-    config, weights = load_encoder_weights(encoder, seed=seed)
-    info = encoder_info(config, weights, dtype=arithmetic, long=long)
-    if expected_sha256 is not None and info.weights_sha256 != expected_sha256:
-        raise RefusedError(
-            f"encoder {str(encoder)!r}: its weights have SHA-256 {info.weights_sha256}, "
-            f"but {expected_sha256} is expected; nothing was embedded"
-        )
-    if not info.trained:
-        log.warning("untrained encoder name=%s sha256=%.12s", info.name, info.weights_sha256)
+    setup = Setup(EncoderChoice(encoder, seed, expected_sha256, dtype, device, long, batch_residues, threads))
     proteins = Source(source, labels=labels, skip_invalid=skip_invalid)
-    longer = sum(length > info.max_residues for length in proteins.lengths)
+    longer = proteins.longer_than(setup.info.max_residues)
     if longer:
         what = "cut to" if long == "cut" else "averaged over windows of"
-        log.warning("proteins %s %d residues proteins=%d of=%d", what, info.max_residues, longer, len(proteins.ids))
-
-    def report(reused: int, resumed: int) -> EmbedReport:
-        return EmbedReport(
-            proteins=len(proteins.ids),
-            residues=sum(proteins.lengths),
-            cut=longer if long == "cut" else 0,
-            windowed=longer if long == "window" else 0,
-            reused=reused,
-            resumed=resumed,
-            seconds=time.perf_counter() - started,
-            encoder=info,
+        log.warning(
+            "long proteins %s %d residues proteins=%d of=%d", what, setup.info.max_residues, longer, len(proteins.ids)
         )
-
     with exclusive_lock(target.with_name(f".{target.name}.lock"), str(target)):
-        if target.exists() and _is_finished(target, proteins, info, reuse):
-            log.info("nothing to do, the file holds these proteins file=%s", target)
-            return report(len(proteins.ids), 0)
-        known = _Known(reuse, info)
-        todo = [digest for digest in proteins.sequences if digest not in known.places]
-        sequences = [proteins.sequences[digest] for digest in todo]
-        budget = batch_residues or BATCH_RESIDUES[place.type]
-        plan = make_plan(
-            [len(residues) for residues in sequences],
-            max_residues=info.max_residues,
-            windows=long == "window",
-            budget=budget,
-        )
-        writer = EmbeddingsWriter(target, info=info, work=_work(todo, budget), rows=len(plan.protein))
-        resumed = writer.done
-        if resumed < len(plan.protein):
-            inference = Inference(config, weights, device=place, dtype=arithmetic, threads=threads)
-            _compute(inference, sequences, plan, writer, label)
-        rows = _Assembly(proteins, todo, plan, writer, known)
-        write_embeddings(
-            target,
-            info=info,
-            ids=proteins.ids,
-            lengths=proteins.lengths,
-            digests=proteins.digests,
-            blocks=rows.blocks(),
-        )
-        known.close()
-        writer.remove()
-    fresh = set(todo)
-    return report(sum(digest not in fresh for digest in proteins.digests), len(np.unique(plan.protein[:resumed])))
-
-
-def encoder_info(
-    config: EncoderConfig, weights: Weights, *, dtype: torch.dtype, long: Literal["cut", "window"]
-) -> EncoderInfo:
-    """Describe how proteins become vectors, for the embeddings file and everything made from it."""
-    return EncoderInfo(
-        name=config.name,
-        weights_sha256=weights_digest(weights),
-        trained=config.trained,
-        width=config.width,
-        pooling="mean",
-        layer=config.layers,
-        dtype=str(dtype).removeprefix("torch."),
-        max_residues=config.max_residues,
-        long=long,
+        if target.exists() and _is_finished(target, proteins, setup.info, reuse):
+            log.info("nothing to do, these proteins are embedded file=%s", target)
+            reused, resumed = len(proteins.ids), 0
+        else:
+            reused, resumed = _embed(target, setup, proteins, reuse, label)
+    return EmbedReport(
+        proteins=len(proteins.ids),
+        residues=sum(proteins.lengths),
+        cut=longer if long == "cut" else 0,
+        windowed=longer if long == "window" else 0,
+        reused=reused,
+        resumed=resumed,
+        seconds=time.perf_counter() - started,
+        encoder=setup.info,
     )
 
 
-def _is_finished(target: Path, proteins: Source, info: EncoderInfo, reuse: _Path | None) -> bool:
+def _is_finished(target: Path, proteins: Source, info: EncoderInfo, reuse: StrPath | None) -> bool:
     with Embeddings.open(target) as there:
         check_same_encoder(there.info, info, where=str(target), remedy="give another output, or delete this one")
         if proteins.is_in(there):
@@ -244,90 +152,44 @@ def _is_finished(target: Path, proteins: Source, info: EncoderInfo, reuse: _Path
         return False
     raise DataError(
         f"{target}: holds the embeddings of other proteins; give another output, "
-        f"or --reuse {target} to keep the rows that fit"
+        f"or reuse {target} itself (--reuse) to keep the rows that fit"
     )
 
 
-def _work(todo: list[bytes], budget: int) -> str:
-    """Name a piece of work by all that its vectors and their order depend on."""
-    return hashlib.sha256(b"packs 1 %d " % budget + b"".join(todo)).hexdigest()
+def _embed(target: Path, setup: Setup, proteins: Source, reuse: StrPath | None, label: str) -> tuple[int, int]:
+    """Make the embeddings file; returns how many proteins were reused and how many sequences resumed."""
+    with KnownRows(reuse, setup.info) as known:
+        fresh = [digest for digest in proteins.sequences if digest not in known.places]
+        sequences = [proteins.sequences[digest] for digest in fresh]
+        plan = setup.plan(sequences)
+        writer = EmbeddingsWriter(target, info=setup.info, work=_name_work(fresh, setup.budget), rows=len(plan.protein))
+        resumed = writer.done
+        if resumed < len(plan.protein):
+            _compute(setup, sequences, plan, writer, label)
+        write_embeddings(
+            target,
+            info=setup.info,
+            ids=proteins.ids,
+            lengths=proteins.lengths,
+            digests=proteins.digests,
+            blocks=Assembly(fresh, plan, writer, known).blocks(proteins.digests),
+        )
+        writer.remove()
+        return sum(digest in known.places for digest in proteins.digests), len(np.unique(plan.protein[:resumed]))
 
 
-class _Known:
-    """Rows of an earlier embeddings file by the digest of their sequence; empty without a file."""
-
-    def __init__(self, path: _Path | None, info: EncoderInfo) -> None:
-        self.places: dict[bytes, int] = {}
-        self._file: Embeddings | None = None
-        if path is not None:
-            self._file = Embeddings.open(path)
-            remedy = "give the encoder that made it, or do without --reuse"
-            check_same_encoder(self._file.info, info, where=str(path), remedy=remedy)
-            self.places = {digest.tobytes(): place for place, digest in enumerate(self._file.digests)}
-
-    def take(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
-        assert self._file is not None
-        return self._file.take(places)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+def _name_work(digests: Sequence[bytes], budget: int) -> str:
+    """Name a piece of work by all that its vectors and their order depend on, besides the encoder."""
+    return hashlib.sha256(b"packs 1 %d " % budget + b"".join(digests)).hexdigest()
 
 
-def _compute(
-    inference: Inference, sequences: list[bytes], plan: Plan, writer: EmbeddingsWriter, label: str
-) -> None:
-    """Compute the packs that the writer does not hold yet; a shard may end within a pack only if a run was broken off."""
+def _compute(setup: Setup, sequences: Sequence[bytes], plan: Plan, writer: EmbeddingsWriter, label: str) -> None:
+    """Compute the packs that the writer does not hold yet; it holds whole packs only."""
+    inference = setup.inference()
     residues = plan.end - plan.begin
     with Progress(label, total=plan.residues, unit="residues") as progress:
         progress.advance(int(residues[: writer.done].sum()))
-        first = int(np.searchsorted(plan.packs, writer.done))
-        for number in range(first, len(plan.packs) - 1):
+        for number in range(int(np.searchsorted(plan.packs, writer.done)), len(plan.packs) - 1):
             writer.append(inference.pack(sequences, plan, number))
             progress.advance(int(residues[plan.packs[number] : plan.packs[number + 1]].sum()))
         writer.flush()
-
-
-class _Assembly:
-    """Rows of the finished file in the source's order, from pieces and from reused rows."""
-
-    def __init__(
-        self, proteins: Source, todo: list[bytes], plan: Plan, writer: EmbeddingsWriter, known: _Known
-    ) -> None:
-        self._digests, self._known, self._writer = proteins.digests, known, writer
-        self._width = 0
-        self._numbers = {digest: number for number, digest in enumerate(todo)}
-        # pieces of one protein side by side, in the order of their residues
-        self._order = np.lexsort((plan.begin, plan.protein))
-        self._firsts = np.searchsorted(plan.protein[self._order], np.arange(len(todo) + 1))
-        counts = np.zeros(len(todo), dtype=np.int64)
-        np.add.at(counts, plan.protein, plan.pool_end - plan.pool_begin)
-        self._residues = counts
-
-    def blocks(self) -> Iterator[NDArray[np.float32]]:
-        for first in range(0, len(self._digests), CHUNK_ROWS):
-            yield self._block(self._digests[first : first + CHUNK_ROWS])
-
-    def _block(self, digests: list[bytes]) -> NDArray[np.float32]:
-        numbers = np.array([self._numbers.get(digest, -1) for digest in digests], dtype=np.int64)
-        fresh = np.flatnonzero(numbers >= 0)
-        old = np.flatnonzero(numbers < 0)
-        parts = []
-        if len(fresh):
-            parts.append((fresh, self._means(numbers[fresh])))
-        if len(old):
-            places = np.array([self._known.places[digests[row]] for row in old], dtype=np.int64)
-            parts.append((old, self._known.take(places)))
-        block = np.empty((len(digests), parts[0][1].shape[1]), dtype=np.float32)
-        for where, rows in parts:
-            block[where] = rows
-        return block
-
-    def _means(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
-        firsts, counts = self._firsts[numbers], self._firsts[numbers + 1] - self._firsts[numbers]
-        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        within = np.arange(counts.sum()) - np.repeat(starts, counts)
-        sums = self._writer.take(self._order[np.repeat(firsts, counts) + within])
-        totals = np.add.reduceat(sums, starts, axis=0)
-        means: NDArray[np.float32] = totals / self._residues[numbers].astype(np.float32)[:, None]
-        return means

@@ -1,4 +1,4 @@
-"""Run the encoder on packs of pieces: choose device and arithmetic, pool over residues, halve a pack that is too big."""
+"""Run the encoder on packs of pieces, on the device and in the arithmetic that suit, and pool over residues."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise SettingsError(f"device {name!r}: expected auto, cpu, cuda or cuda:NUMBER") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MachineError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+        raise MachineError(
+            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto"
+        )
     if device.type not in ("cpu", "cuda"):
         raise SettingsError(f"device {name!r}: expected auto, cpu, cuda or cuda:NUMBER")
     return device
@@ -151,4 +153,4 @@ class Inference:
         before = plan.pool_begin[first:last] - begin + 1
         parts = np.stack([before, pooled, lengths - before - pooled], axis=1).reshape(-1)
         sums = torch.segment_reduce(hidden, "sum", lengths=torch.from_numpy(parts).to(self.device), axis=0)[1::3]
-        return sums.cpu().numpy()  # type: ignore[no-any-return]
+        return sums.cpu().numpy()

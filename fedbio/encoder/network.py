@@ -52,8 +52,16 @@ def rotary_tables(length: int, size: int, device: torch.device) -> tuple[Tensor,
 def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn queries or keys (..., L, E) by their positions, RoFormer in the half-split form of ESM-2."""
     first, second = x.chunk(2, dim=-1)
-    turned = x * cosine + torch.cat((-second, first), dim=-1) * sine
-    return turned.to(x.dtype)
+    return (x * cosine + torch.cat((-second, first), dim=-1) * sine).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention of whole proteins, three of (N, H, L, E) -> (N, H, L, E)."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # the fused CPU kernel multiplies bfloat16 no faster than float32; oneDNN's batched product does
+        scores = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)  # (N, H, L, L)
+        return scores @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Layer(nn.Module):
@@ -71,16 +79,17 @@ class Layer(nn.Module):
         self.up = nn.Linear(config.width, config.ffn)
         self.down = nn.Linear(config.ffn, config.width)
 
-    def forward(self, x: Tensor, runs: Runs) -> Tensor:
+    def forward(self, x: Tensor, runs: Runs) -> Tensor:  # (T, D) -> (T, D)
         dtype = self.qkv.weight.dtype
         h = self.attention_norm(x).to(dtype)  # (T, D)
         x = x + self.out(self.attention(self.qkv(h), runs))  # (T, D)
         h = self.ffn_norm(x).to(dtype)  # (T, D)
-        return x + self.down(self.activation(self.up(h)))  # (T, F) inside, (T, D)
+        h = self.activation(self.up(h))  # (T, F)
+        return x + self.down(h)  # (T, D)
 
     def attention(self, qkv: Tensor, runs: Runs) -> Tensor:
         """Attend within each protein, (T, 3D) -> (T, D)."""
-        mixed = torch.empty_like(qkv[:, : qkv.shape[1] // 3])  # (T, D)
+        mixed = qkv.new_empty(len(qkv), qkv.shape[1] // 3)  # (T, D)
         start = 0
         for count, length in runs:
             stop = start + count * length
@@ -90,7 +99,7 @@ class Layer(nn.Module):
             if self.rotary:
                 cosine, sine = rotary_tables(length, q.shape[-1], q.device)
                 q, k = turn(q, cosine, sine), turn(k, cosine, sine)
-            attended = F.scaled_dot_product_attention(q, k, v)  # (N, H, L, E)
+            attended = attend(q, k, v)  # (N, H, L, E)
             mixed[start:stop].view(count, length, self.heads, -1).copy_(attended.transpose(1, 2))  # (N, L, H, E)
             start = stop
         return mixed

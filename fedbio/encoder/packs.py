@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = ["Plan", "make_plan"]
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,16 +84,16 @@ def make_plan(lengths: Sequence[int], *, max_residues: int, windows: bool, budge
             packs.append(place)
             tokens = 0
         tokens += length
-    packs.append(len(pieces))
-    return Plan(*np.ascontiguousarray(pieces.T), packs=np.array(packs if len(pieces) else [0], dtype=np.int64))
+    if len(pieces):
+        packs.append(len(pieces))
+    protein, begin, end, pool_begin, pool_end = np.ascontiguousarray(pieces.T)
+    return Plan(protein, begin, end, pool_begin, pool_end, np.array(packs, dtype=np.int64))
 
 
 def _windows(length: int, size: int) -> list[tuple[int, int, int, int]]:
     overlap = size // 4
     count = -(-(length - overlap) // (size - overlap))
     begins = [round(k * (length - size) / (count - 1)) for k in range(count)]
-    borders = [0, *((left + size + right) // 2 for left, right in zip(begins, begins[1:], strict=False)), length]
-    return [
-        (begin, begin + size, borders[k], borders[k + 1])
-        for k, begin in enumerate(begins)
-    ]  # fmt: skip
+    borders = [0, *((left + size + right) // 2 for left, right in itertools.pairwise(begins)), length]
+    counted = itertools.pairwise(borders)
+    return [(begin, begin + size, first, last) for begin, (first, last) in zip(begins, counted, strict=True)]

@@ -1,8 +1,8 @@
 """Weights of an untrained encoder from a seed: the same bits on every machine, without torch.
 
 Only integer operations and one float32 multiplication make a weight, so nothing depends on a maths library. The
-numbers are uniform with the standard deviation that Megatron BERT starts from: 0.02, and 0.02 / sqrt(2 * layers) for the
-two linear maps of a layer that write into the residual stream.
+numbers are uniform with the standard deviation that Megatron BERT starts from: 0.02, and 0.02 / sqrt(2 * layers) for
+the two linear maps of a layer that write into the residual stream.
 """
 
 from __future__ import annotations
