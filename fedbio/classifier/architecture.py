@@ -20,7 +20,7 @@ _BITS = 23
 
 
 def format_hidden(hidden: Sequence[int]) -> str:
-    """Return an MLP's name: ``(256, 128, 64)`` becomes ``"256-128-64"``; the inverse of `fedbio.settings.parse_hidden`."""
+    """Return an MLP's name, ``"256-128-64"`` for ``(256, 128, 64)``; `fedbio.settings.parse_hidden` reads it."""
     return "-".join(map(str, hidden))
 
 

@@ -1,13 +1,12 @@
-"""Join a site's proteins with their embeddings and split them: what a site trains on, chooses by and is tested on."""
+"""Join a party's proteins with their embeddings and split them: what it trains on, chooses by and is tested on."""
 
 from __future__ import annotations
 
 __all__ = ["SiteData", "load_site_data", "merge_sites"]
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,12 @@ import numpy as np
 from fedbio.classifier.examples import TrainData
 from fedbio.embeddings import Embeddings, sequence_digest
 from fedbio.errors import DataError
-from fedbio.proteins import Protein, check_labels, read
+from fedbio.proteins import Protein, read
 from fedbio.results import ClassCounts, DataRecord, EncoderInfo
 
 _Path = str | os.PathLike[str]
 
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
-SPLITS = (TRAIN, VALIDATION, TEST)
+TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,10 @@ class SiteData:
         What made the embeddings.
     source : str
         The file's name without its folder.
-    residues : int
-        Number of residues of all proteins.
-    longer : int
-        Proteins longer than the encoder takes whole.
+    lengths : dict of str to int
+        Residues of each protein, by id.
+    digests : dict of str to bytes
+        SHA-256 of each sequence, by id.
     """
 
     train: TrainData
@@ -50,20 +48,31 @@ class SiteData:
     classes: tuple[str, ...]
     encoder: EncoderInfo
     source: str
-    residues: int
-    longer: int
+    lengths: Mapping[str, int] = field(repr=False)
+    digests: Mapping[str, bytes] = field(repr=False)
 
     def __len__(self) -> int:
-        return len(self.train) + len(self.validation) + len(self.test)
+        return len(self.lengths)
+
+    def split(self, name: str) -> TrainData:
+        """Return ``"train"``, ``"validation"`` or ``"test"``."""
+        return {TRAIN: self.train, VALIDATION: self.validation, TEST: self.test}[name]
 
     @property
     def counts(self) -> ClassCounts:
         """Number of proteins of each class in each split."""
-        return ClassCounts(*(self._count(getattr(self, split)) for split in SPLITS))
+        return ClassCounts(*(self._count(self.split(name)) for name in SPLITS))
 
     def describe(self, *, synthetic: bool = False) -> DataRecord:
         """Describe the data in counts, for the party's record."""
-        return DataRecord(self.source, synthetic, len(self), self.residues, self.longer, self.counts)
+        return DataRecord(
+            source=self.source,
+            synthetic=synthetic,
+            proteins=len(self),
+            residues=sum(self.lengths.values()),
+            longer=sum(length > self.encoder.max_residues for length in self.lengths.values()),
+            counts=self.counts,
+        )
 
     def _count(self, data: TrainData) -> dict[str, int]:
         numbers = np.bincount(data.targets, minlength=len(self.classes)).tolist()
@@ -103,23 +112,22 @@ def load_site_data(
     DataError
         If a label is missing or not among `classes`, or a protein has no embedding or that of another sequence.
     """
-    proteins = list(read(source, labels=labels, require_labels=True, skip_invalid=skip_invalid))
-    check_labels(proteins, classes, source=str(source))
+    proteins = list(read(source, labels=labels, classes=classes, require_labels=True, skip_invalid=skip_invalid))
     digests = {protein.id: sequence_digest(protein.sequence) for protein in proteins}
     held_back = _choose_validation(proteins, digests, validation_fraction)
-    parts: dict[str, list[Protein]] = {split: [] for split in SPLITS}
+    parts: dict[str, list[Protein]] = {name: [] for name in SPLITS}
     for protein in proteins:
         parts[TEST if protein.set == TEST else VALIDATION if protein.id in held_back else TRAIN].append(protein)
-    number = {name: place for place, name in enumerate(classes)}
+    place = {name: number for number, name in enumerate(classes)}
     with Embeddings.open(embeddings) as store:
-        _check_digests(store, digests)
+        check_sequences(store, digests)
         loaded = {
-            split: TrainData(
+            name: TrainData(
                 store.rows([protein.id for protein in part]),
-                np.array([number[str(protein.target)] for protein in part], dtype=np.int64),
+                np.array([place[protein.target or ""] for protein in part], dtype=np.int64),
                 tuple(protein.id for protein in part),
             )
-            for split, part in parts.items()
+            for name, part in parts.items()
         }
         encoder = store.info
     return SiteData(
@@ -127,87 +135,90 @@ def load_site_data(
         classes=tuple(classes),
         encoder=encoder,
         source=Path(source).name,
-        residues=sum(len(protein.sequence) for protein in proteins),
-        longer=sum(len(protein.sequence) > encoder.max_residues for protein in proteins),
+        lengths={protein.id: len(protein.sequence) for protein in proteins},
+        digests=digests,
     )
 
 
-def _choose_validation(proteins: Sequence[Protein], digests: Mapping[str, bytes], fraction: float) -> set[str]:
-    """Return the ids held back: those that the file flags, or else every so-manieth of the training proteins.
-
-    They are counted off by class and digest, so that every class gives its share, the order of the file does not
-    matter, and proteins of equal sequence stay together.
-    """
-    flagged = {protein.id for protein in proteins if protein.validation}
-    training = {(str(each.target), digests[each.id]) for each in proteins if each.set == TRAIN}
-    if flagged or not fraction:
-        return flagged
-    wanted = min(max(round(len(training) * fraction), 1), len(training) - 1)
-    places = (np.arange(wanted) + 0.5) * len(training) / max(wanted, 1)
-    ordered = sorted(training)
-    chosen = {ordered[int(place)] for place in places}
-    return {each.id for each in proteins if each.set == TRAIN and (str(each.target), digests[each.id]) in chosen}
-
-
-def _check_digests(store: Embeddings, digests: Mapping[str, bytes]) -> None:
+def check_sequences(store: Embeddings, digests: Mapping[str, bytes]) -> None:
+    """Refuse an embeddings file in which one of these ids, with the SHA-256 of its sequence, is another protein."""
     for name, digest in zip(store.ids, store.digests, strict=True):
-        if name in digests and digests[name] != digest.tobytes():
+        if digests.get(name, digest.tobytes()) != digest.tobytes():
             raise DataError(
                 f"{store.path}: record {name!r}: the embedding is that of another sequence; embed the proteins again"
             )
 
 
+def _choose_validation(proteins: Sequence[Protein], digests: Mapping[str, bytes], fraction: float) -> set[str]:
+    """Return the ids held back: those that the file flags, or else a share of the training proteins.
+
+    The share is counted off by class and digest, so that every class gives its part, the order of the file does not
+    matter, and proteins of equal sequence stay together.
+    """
+    flagged = {protein.id for protein in proteins if protein.validation}
+    if flagged or not fraction:
+        return flagged
+    keys = {each.id: (each.target or "", digests[each.id]) for each in proteins if each.set == TRAIN}
+    ordered = sorted(set(keys.values()))
+    wanted = min(max(round(len(ordered) * fraction), 1), len(ordered) // 2)
+    chosen = {ordered[(2 * number + 1) * len(ordered) // (2 * wanted)] for number in range(wanted)}
+    return {name for name, key in keys.items() if key in chosen}
+
+
 def merge_sites(parts: Sequence[SiteData]) -> SiteData:
-    """Put the data of several parties together; a protein that several of them hold counts once.
+    """Put the data of several parties together; a protein that several of them hold counts once, as the first has it.
 
     Raises
     ------
     DataError
-        If the embeddings come from different encoders, or an id stands for different proteins or is in different splits.
+        If the embeddings come from different encoders, an id stands for different proteins, or a protein is for
+        training at one party and for testing at another.
     """
     first = parts[0]
-    for part in parts[1:]:
+    seen: dict[str, tuple[bytes, int, bool, str]] = {}
+    kept: dict[str, list[TrainData]] = {name: [] for name in SPLITS}
+    for part in parts:
         if part.encoder != first.encoder:
             raise DataError(
                 f"{part.source}: embedded with {_shown(part.encoder)}, but {first.source} with "
                 f"{_shown(first.encoder)}; embed all files with one encoder"
             )
-    seen: dict[str, tuple[str, bytes, int, str]] = {}
-    merged: dict[str, TrainData] = {}
-    for split in SPLITS:
-        features, targets, ids = [], [], []
-        for part in parts:
-            data: TrainData = getattr(part, split)
-            for place, name in enumerate(data.ids):
-                vector, target = data.features[place], int(data.targets[place])
-                now = (split, vector.tobytes(), target, part.source)
+        for split in SPLITS:
+            data, fresh = part.split(split), []
+            for place, (name, target) in enumerate(zip(data.ids, data.targets.tolist(), strict=True)):
+                now = (part.digests[name], target, split == TEST, part.source)
                 before = seen.setdefault(name, now)
                 if before is now:
-                    features.append(vector)
-                    targets.append(target)
-                    ids.append(name)
-                elif before[0] != split:
+                    fresh.append(place)
+                elif before[:2] != now[:2]:
                     raise DataError(
-                        f"{part.source}: record {name!r} is for {split} here and for {before[0]} in {before[3]}; "
-                        "leave it out of one of the files"
-                    )
-                elif before[1:3] != now[1:3]:
-                    raise DataError(
-                        f"{part.source}: record {name!r} is another protein or has another label than in {before[3]}; "
+                        f"{part.source}: record {name!r} has another sequence or label than in {before[3]}; "
                         "give each protein its own id"
                     )
-        width = first.encoder.width
-        stacked = np.stack(features) if features else np.empty((0, width), dtype=np.float32)
-        merged[split] = TrainData(stacked, np.array(targets, dtype=np.int64), tuple(ids))
+                elif before[2] != now[2]:
+                    raise DataError(
+                        f"{part.source}: record {name!r} is for {split} here, but not in {before[3]}; "
+                        "give it the same SET in both files, or leave it out of one"
+                    )
+            ids = tuple(data.ids[place] for place in fresh)
+            kept[split].append(TrainData(data.features[fresh], data.targets[fresh], ids))
+    merged = {
+        split: TrainData(
+            np.concatenate([data.features for data in pieces]),
+            np.concatenate([data.targets for data in pieces]),
+            tuple(name for data in pieces for name in data.ids),
+        )
+        for split, pieces in kept.items()
+    }
     return SiteData(
         **merged,
         classes=first.classes,
         encoder=first.encoder,
         source=", ".join(part.source for part in parts),
-        residues=0,
-        longer=0,
+        lengths={name: length for part in parts for name, length in part.lengths.items()},
+        digests={name: digest for part in parts for name, digest in part.digests.items()},
     )
 
 
 def _shown(encoder: EncoderInfo) -> str:
-    return f"{encoder.name} ({encoder.weights_sha256[:12]}, {encoder.dtype}, long={encoder.long})"
+    return f"{encoder.name} (SHA-256 {encoder.weights_sha256}, {encoder.dtype}, longer proteins: {encoder.long})"

@@ -70,7 +70,7 @@ def predict(parameters: Parameters, features: NDArray[np.float32]) -> NDArray[np
     """
     network = Network(parameters).eval()
     with torch.inference_mode():
-        blocks = [network(block).softmax(dim=1) for block in as_tensor(features).split(BLOCK_ROWS)]
+        blocks = [network(block).softmax(dim=1) for block in torch.split(as_tensor(features), BLOCK_ROWS)]
         return torch.cat(blocks).numpy()
 
 

@@ -38,7 +38,8 @@ def f1_per_class(confusion: Confusion) -> NDArray[np.float64]:
     """
     both = confusion.sum(axis=0) + confusion.sum(axis=1)
     f1 = np.full(len(confusion), np.nan)
-    return np.divide(2.0 * np.diagonal(confusion), both, out=f1, where=both > 0)
+    np.divide(2.0 * np.diagonal(confusion), both, out=f1, where=both > 0)
+    return f1
 
 
 def macro_f1(confusion: Confusion) -> float:

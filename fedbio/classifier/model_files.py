@@ -1,7 +1,7 @@
-"""Keep a trained classifier in a folder: ``model.safetensors`` and, beside it, ``model.json``, which says how to use it.
+"""Keep a trained classifier in a folder: ``model.safetensors``, and ``model.json``, which says how to use it.
 
-Format ``fedbio-classifier`` version 1. ``model.safetensors`` holds ``layers.I.weight`` (out, in) and ``layers.I.bias`` (out,)
-for each layer and ``standardizer.mean`` and ``standardizer.scale`` (D,), all float32. ``model.json`` is a `ModelCard`.
+Format ``fedbio-classifier`` version 1. ``model.safetensors`` holds ``layers.I.weight`` (out, in) and ``layers.I.bias``
+(out,) for each layer, and ``standardizer.mean`` and ``standardizer.scale`` (D,), all float32. ``model.json`` is a `ModelCard`.
 To predict: embed with the card's encoder, subtract the mean and divide by the scale, apply the layers with ReLU
 between them, and take the softmax; output I is class I of the card.
 """

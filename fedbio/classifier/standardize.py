@@ -37,7 +37,9 @@ class Moments:
 def moments(features: NDArray[np.float32]) -> Moments:
     """Sum features, shape (n, D), and their squares in float64."""
     return Moments(
-        len(features), features.sum(axis=0, dtype=np.float64), np.einsum("nd,nd->d", features, features, dtype=np.float64)
+        len(features),
+        features.sum(axis=0, dtype=np.float64),
+        np.einsum("nd,nd->d", features, features, dtype=np.float64),
     )
 
 

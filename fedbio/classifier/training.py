@@ -88,7 +88,7 @@ def train(
         total.zero_()
         for batch in order.tensor_split(batches):
             optimizer.zero_grad()
-            loss = F.cross_entropy(network(features[batch]), targets[batch])
+            loss = F.cross_entropy(network(features.index_select(0, batch)), targets.index_select(0, batch))
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += loss.detach() * len(batch)

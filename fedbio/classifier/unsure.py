@@ -59,4 +59,5 @@ def is_unsure(probabilities: NDArray[np.float32], threshold: float) -> NDArray[n
     """Flag predictions, shape (n, C), whose top probability is below `threshold`."""
     if threshold >= ALWAYS_UNSURE:
         return np.ones(len(probabilities), dtype=np.bool_)
-    return probabilities.max(axis=1) < threshold
+    flags: NDArray[np.bool_] = probabilities.max(axis=1) < threshold
+    return flags
