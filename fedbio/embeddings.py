@@ -337,7 +337,7 @@ class EmbeddingsWriter:
             return
         block = np.concatenate(self._pending).astype("<f4", copy=False)
         end = self.done + len(block)
-        path = self.folder / f"{self.done:012d}-{end:012d}.{_checksum(block.data.cast("B"))}.f32"
+        path = self.folder / f"{self.done:012d}-{end:012d}.{_checksum(block.data)}.f32"
         with whole_file(path) as beside, open(beside, "wb") as file:
             file.write(block.data)
         self._shards.append((self.done, path))
@@ -365,4 +365,4 @@ class EmbeddingsWriter:
 
 
 def _checksum(content: bytes | memoryview) -> str:
-    return blake3.blake3(content).hexdigest()[:32]
+    return blake3.blake3(memoryview(content).cast("B")).hexdigest()[:32]

@@ -85,7 +85,8 @@ class Layer(nn.Module):
         x = x + self.out(self.attention(self.qkv(h), runs))  # (T, D)
         h = self.ffn_norm(x).to(dtype)  # (T, D)
         h = self.activation(self.up(h))  # (T, F)
-        return x + self.down(h)  # (T, D)
+        update: Tensor = self.down(h)  # (T, D)
+        return x + update
 
     def attention(self, qkv: Tensor, runs: Runs) -> Tensor:
         """Attend within each protein, (T, 3D) -> (T, D)."""
