@@ -1,0 +1,42 @@
+"""What a site does when it is handed a task; found by the task's name. Heavy libraries load with the first task."""
+
+from __future__ import annotations
+
+__all__ = ["load_libraries", "registry"]
+
+from fedbio.federation.executor import Executor
+
+
+def registry() -> dict[str, Executor]:
+    """Return fresh executors by the names of their tasks; they share the site's data in memory."""
+    from fedbio.executors.embed import Embed, Weights
+    from fedbio.executors.projection import Project, Scatter, ShowMap
+    from fedbio.executors.publish import Publish
+    from fedbio.executors.shelf import Shelf
+    from fedbio.executors.statistics import Describe, SumMoments
+    from fedbio.executors.training import Evaluate, Initialize, Train, TrainAlone, Validate
+
+    shelf = Shelf()
+    executors: list[Executor] = [
+        Weights(),
+        Embed(),
+        Describe(shelf),
+        SumMoments(shelf),
+        Initialize(),
+        Train(shelf),
+        Validate(shelf),
+        TrainAlone(shelf),
+        Evaluate(shelf),
+        Publish(),
+        Scatter(shelf),
+        Project(shelf),
+        ShowMap(),
+    ]
+    return {each.name: each for each in executors}
+
+
+def load_libraries() -> None:
+    """Import what tasks need, so that the first one does not wait for it."""
+    import fedbio.classifier.alone
+    import fedbio.classifier.data
+    import fedbio.encoder.embed  # noqa: F401

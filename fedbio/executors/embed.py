@@ -1,0 +1,80 @@
+"""Tasks of federated inference: which files of the encoder a site lacks, and embedding its own proteins."""
+
+from __future__ import annotations
+
+__all__ = ["Embed", "Weights"]
+
+from pathlib import Path
+from typing import ClassVar
+
+from fedbio.federation.executor import Executor, SiteContext
+from fedbio.federation.model import FLModel, Task
+from fedbio.federation.workflows.study import Embedded, EmbedSpec, meta, read_meta
+from fedbio.files import sha256_file
+
+
+class Weights(Executor):
+    """Says which of the encoder's files are not here."""
+
+    name: ClassVar[str] = "weights"
+    kind: ClassVar[str] = "embed"
+    leaves: ClassVar[str] = "control"
+
+    def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
+        """Return the SHA-256 of each file that has to be sent."""
+        spec = read_meta(model.meta, EmbedSpec)
+        folder = context.received(spec.group)
+        missing = [
+            each.sha256
+            for each in spec.files
+            if not (folder / each.name).is_file() or sha256_file(folder / each.name) != each.sha256
+        ]
+        return FLModel(meta={"missing": missing})
+
+
+class Embed(Executor):
+    """Turns the site's own proteins into its own embeddings file."""
+
+    name: ClassVar[str] = "embed"
+    kind: ClassVar[str] = "embed"
+    leaves: ClassVar[str] = "counts"
+
+    def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
+        """Embed, or find it done, and return counts, seconds and the encoder's digest."""
+        from fedbio.encoder import embed_file
+
+        spec = read_meta(model.meta, EmbedSpec)
+        report = embed_file(
+            context.data,
+            context.embeddings,
+            encoder=encoder_path(spec, context),
+            seed=spec.seed,
+            expected_sha256=spec.sha256,
+            dtype=spec.dtype,
+            device=context.device,
+            long=spec.long,
+            threads=context.threads,
+            reuse=context.reuse,
+            labels=context.labels,
+        )
+        context.record.encoder = report.encoder
+        return FLModel(
+            meta=meta(
+                Embedded(
+                    proteins=report.proteins,
+                    residues=report.residues,
+                    longer=report.cut + report.windowed,
+                    reused=report.reused,
+                    seconds=report.seconds,
+                    encoder=report.encoder,
+                )
+            )
+        )
+
+
+def encoder_path(spec: EmbedSpec, context: SiteContext) -> str | Path:
+    """Return what the encoder room knows the encoder by: a built-in name, a folder, or a checkpoint file."""
+    if not spec.files:
+        return spec.name
+    folder = context.received(spec.group)
+    return folder / spec.files[0].name if len(spec.files) == 1 else folder

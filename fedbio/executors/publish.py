@@ -1,0 +1,57 @@
+"""The end of a study: every party keeps the best global model, and the tables of the whole federation."""
+
+from __future__ import annotations
+
+__all__ = ["Publish", "save_global"]
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbio.executors.predictions import gather_predictions
+from fedbio.federation.executor import Executor, SiteContext
+from fedbio.federation.model import FLModel, Task
+from fedbio.federation.workflows.study import MEAN, SCALE, Publication, read_meta
+from fedbio.results import METRICS_COLUMNS, METRICS_FILE, write_table
+from fedbio.settings import parse_hidden
+
+
+class Publish(Executor):
+    """Keeps what the server publishes."""
+
+    name: ClassVar[str] = "publish"
+    kind: ClassVar[str] = "publish"
+    leaves: ClassVar[str] = "control"
+
+    def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
+        """Write the global model, ``metrics.csv`` and ``predictions.csv``; nothing but an empty answer leaves."""
+        publication = read_meta(model.meta, Publication)
+        save_global(context.global_model, model.params, publication)
+        write_table(context.workspace / METRICS_FILE, METRICS_COLUMNS, publication.metrics)
+        gather_predictions(context.workspace)
+        record = context.record
+        record.best, record.rounds = publication.best, publication.rounds
+        record.federation, record.settings = publication.federation, publication.settings
+        return FLModel()
+
+
+def save_global(folder: Path, params: Mapping[str, NDArray[Any]], publication: Publication) -> None:
+    """Write a published model as a model folder; the same bytes at every party."""
+    from fedbio.classifier import Standardizer, choose_threshold
+    from fedbio.classifier.model_files import ModelCard, save_model
+    from fedbio.executors.shelf import layers
+
+    card = ModelCard(
+        classes=list(publication.study.classes),
+        hidden=list(parse_hidden(publication.best)),
+        encoder=publication.encoder,
+        unsure_below=choose_threshold(np.array(publication.confidence)) if publication.confidence else 1.0,
+        seed=publication.seed,
+        round=publication.best_round,
+        metrics=publication.scores,
+        trained_by=sorted(publication.federation),
+    )
+    save_model(folder, layers(params), Standardizer(params[MEAN], params[SCALE]), card)

@@ -1,0 +1,69 @@
+"""Decide whether a site's result may count: it matches what was sent, is finite, and claims no more than its data."""
+
+from __future__ import annotations
+
+__all__ = ["Expectation"]
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedbio.errors import FedbioError
+from fedbio.federation.model import ParamsType, Result, Status
+from fedbio.tensors import check_matches
+
+Manifest = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+"""Shape and dtype of each tensor, see `fedbio.tensors.manifest`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What results of one task must look like.
+
+    Parameters
+    ----------
+    manifest : mapping of str to (shape, dtype) or None
+        What the tensors must be; None if none may come.
+    weights : mapping of str to int or None
+        The registered number of proteins of each site: the most weight that it may claim. A result of weight 0
+        abstains and carries no tensors. None if the task asks for no weight.
+    params_type : ParamsType
+        Whole models or differences.
+    """
+
+    manifest: Manifest | None = None
+    weights: Mapping[str, int] | None = None
+    params_type: ParamsType = ParamsType.FULL
+
+    def problem(self, result: Result) -> str | None:
+        """Return why `result` may not count, or None if it may. Failed and refused tasks pass: they claim nothing."""
+        if result.status is not Status.DONE:
+            return "a task that was not done carries tensors" if _tensors(result) else None
+        model = result.model
+        for name, value in model.metrics.items():
+            if not math.isfinite(value):
+                return f"metric {name!r} is {value}"
+        abstains = False
+        if self.weights is not None:
+            most, weight = self.weights.get(result.site, 0), model.weight
+            if not math.isfinite(weight) or weight < 0:
+                return f"weight {weight} is not a positive number"
+            if weight > most:
+                return f"weight {weight:g} is above the {most} proteins that the site registered"
+            abstains = weight == 0
+        if abstains or self.manifest is None:
+            return "tensors came where none were asked for" if _tensors(result) else None
+        if model.params_type is not self.params_type or model.optimizer_params:
+            return f"expected parameters of type {self.params_type}, found {model.params_type}"
+        try:
+            check_matches(model.params, self.manifest)
+        except FedbioError as error:
+            return str(error)
+        return None
+
+
+def _tensors(result: Result) -> bool:
+    return bool(result.model.params or result.model.optimizer_params)

@@ -1,0 +1,98 @@
+"""The interface of what a site does when it is handed a task."""
+
+from __future__ import annotations
+
+__all__ = ["Executor", "SiteContext"]
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from fedbio.federation.model import FLModel, Task
+from fedbio.results import EventLog, PartyRecord
+
+
+@dataclass(slots=True, kw_only=True)
+class SiteContext:
+    """Where a site's own things are, and the record that it keeps of the run.
+
+    Parameters
+    ----------
+    site : str
+        The name in the site's certificate.
+    workspace : Path
+        The folder for everything that the site keeps.
+    data : Path
+        The site's own proteins.
+    labels : Path or None
+        A table with their labels.
+    reuse : Path or None
+        An embeddings file to take vectors from.
+    device : str
+        ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+    threads : int or None
+        Threads for computing; None leaves the choice to the library.
+    synthetic : bool
+        Whether the proteins come from the demo generator.
+    """
+
+    site: str
+    workspace: Path
+    data: Path
+    record: PartyRecord
+    events: EventLog
+    labels: Path | None = None
+    reuse: Path | None = None
+    device: str = "auto"
+    threads: int | None = None
+    synthetic: bool = False
+
+    @property
+    def embeddings(self) -> Path:
+        """The site's own embeddings file."""
+        return self.workspace / "embeddings.h5"
+
+    @property
+    def global_model(self) -> Path:
+        """The folder of the model that the sites trained together."""
+        return self.workspace / "global"
+
+    def received(self, group: str) -> Path:
+        """Return the folder of files from the server that belong together, known by their common digest."""
+        return self.workspace / "received" / group
+
+    def remark(self, sentence: str) -> None:
+        """Put a sentence into the record once; readers of the report will see it."""
+        if sentence not in self.record.remarks:
+            self.record.remarks.append(sentence)
+            self.events.write("remark", remark=sentence)
+
+
+class Executor(ABC):
+    """Does one task at a site.
+
+    Attributes
+    ----------
+    name : str
+        The task's name.
+    kind : str
+        What the site's policy calls it; see ``allow`` in the site's settings.
+    leaves : str
+        What its answer is in the ledger of what left the site: ``"counts"``, ``"model"``, ...; if the answer carries
+        tensors these are meant, and the few numbers beside them count as ``"metrics"``.
+    stage : str
+        Where its seconds go in the site's record; by default its kind.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[str]
+    leaves: ClassVar[str]
+    stage: ClassVar[str] = ""
+
+    @abstractmethod
+    def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
+        """Do the task and return what shall go to the server, and nothing more.
+
+        A `FedbioError` ends the task, not the site: the server is told its message.
+        """

@@ -1,0 +1,109 @@
+"""What a server and its sites say to each other beside tasks and results: one topic and one small struct each."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ABORT",
+    "BYE",
+    "END",
+    "FILE",
+    "JOB_DONE",
+    "JOIN",
+    "PROTOCOL",
+    "RESULT",
+    "TASK",
+    "WELCOME",
+    "Abort",
+    "FileHeader",
+    "JobDone",
+    "Join",
+    "Welcome",
+    "pack",
+    "unpack",
+]
+
+from typing import TypeVar
+
+import msgspec
+
+from fedbio.errors import ProtocolError
+
+PROTOCOL = 1
+"""Version of what the structs here and in `fedbio.federation.model` mean."""
+
+JOIN = "join"
+"""Site to server, after each connection: `Join`."""
+WELCOME = "welcome"
+"""Server to site: `Welcome`."""
+TASK = "task"
+"""Server to site: a task."""
+RESULT = "result"
+"""Site to server: a result."""
+FILE = "file"
+"""Server to site: `FileHeader` with the file's bytes as payload."""
+JOB_DONE = "job-done"
+"""Server to site: `JobDone`."""
+END = "end"
+"""Server to site, empty: there is nothing left to do."""
+ABORT = "abort"
+"""Server to site: `Abort`."""
+BYE = "bye"
+"""Site to server, empty: the site leaves for good."""
+
+
+class Join(msgspec.Struct):
+    """A site presents itself. `jobs` empty means all of them; `allow` are the kinds of task that it takes."""
+
+    version: str
+    jobs: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
+    protocol: int = PROTOCOL
+
+
+class Welcome(msgspec.Struct):
+    """The server's answer to `Join`."""
+
+    federation: str
+    jobs: tuple[str, ...]
+
+
+class FileHeader(msgspec.Struct):
+    """What the payload beside it is: a file's plain name, its SHA-256, and the digest of the set that it belongs to."""
+
+    group: str
+    name: str
+    sha256: str
+
+
+class JobDone(msgspec.Struct):
+    """A job has come to its end."""
+
+    job: str
+
+
+class Abort(msgspec.Struct):
+    """The server gives up, and why."""
+
+    reason: str
+
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def pack(message: msgspec.Struct) -> bytes:
+    """Return a message's body."""
+    return msgspec.msgpack.encode(message)
+
+
+def unpack(kind: type[S], body: bytes) -> S:
+    """Return the message in a body.
+
+    Raises
+    ------
+    ProtocolError
+        If it is not one of this kind.
+    """
+    try:
+        return msgspec.msgpack.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"not a {kind.__name__} message: {error}; do both ends run one release?") from error

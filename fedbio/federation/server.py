@@ -1,0 +1,260 @@
+"""The server's run time: listen, let sites join, run the jobs one after the other, and tell everyone the end."""
+
+from __future__ import annotations
+
+__all__ = ["Server"]
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from fedbio import __version__
+from fedbio.errors import FedbioError, ProtocolError, TransportError
+from fedbio.federation import messages
+from fedbio.federation.controller import Controller, Runtime
+from fedbio.federation.desk import Desk
+from fedbio.federation.filters import Chain
+from fedbio.federation.messages import Abort, FileHeader, JobDone, Join, Welcome, pack, unpack
+from fedbio.federation.model import Parameters, Result, decode
+from fedbio.federation.party import Party
+from fedbio.federation.state import State
+from fedbio.federation.workflows.classify import Classify
+from fedbio.federation.workflows.embed import Embed
+from fedbio.federation.workflows.projection import Projection
+from fedbio.settings import ClassifyJob, EmbedJob, JobsFile, KitFile, ProjectionJob
+from fedbio.transport import Credentials, FilePayload, Payload, Received, ServerEndpoint
+
+log = logging.getLogger(__name__)
+
+GOODBYE_S = 10.0
+"""Seconds in which sites may say goodbye at the end; one that is away then has to be told by its operator."""
+
+LIBRARIES = ("grpcio", "msgspec", "numpy")
+"""Whose versions go into the server's record."""
+
+
+@dataclass(kw_only=True)
+class Server:
+    """Runs a federation's jobs.
+
+    Parameters
+    ----------
+    kit : KitFile
+    credentials : Credentials
+    jobs : JobsFile
+    workspace : Path
+        The folder for everything that the server keeps; a server that starts again in it goes on.
+    listen : str
+        ``host:port``; port 0 takes a free one.
+    save_model : callable or None
+        Writes the model that a job publishes: its tensors, and what is said of them.
+    outgoing, incoming : Chain
+        Filters on what leaves and arrives.
+    """
+
+    kit: KitFile
+    credentials: Credentials
+    jobs: JobsFile
+    workspace: Path
+    listen: str
+    save_model: Callable[[Parameters, msgspec.Struct], None] | None = None
+    outgoing: Chain = field(default_factory=Chain)
+    incoming: Chain = field(default_factory=Chain)
+    driver: str = "grpc"
+
+    def run(self, *, more_jobs: Callable[[], JobsFile] | None = None) -> None:
+        """Run all jobs and tell the sites that there is nothing left to do.
+
+        Parameters
+        ----------
+        more_jobs : callable, optional
+            Waits for further jobs and returns all of them, when those there were are done; without it the server ends.
+
+        Raises
+        ------
+        FederationError
+            If a job cannot be completed; the sites are told why.
+        """
+        with (
+            Party.open(self.workspace, self.kit.party, "server") as party,
+            ServerEndpoint(
+                self.listen,
+                self.credentials,
+                spool=self.workspace / "spool",
+                on_message=self._on_message,
+                on_peer=self._on_peer,
+                name=self.kit.party,
+                heartbeat_s=self.jobs.federation.heartbeat_s,
+                driver=self.driver,
+            ) as endpoint,
+        ):
+            log.info("server listening on %s", endpoint.address)
+            self._begin(party, endpoint)
+            try:
+                self._run_jobs()
+                while more_jobs is not None:
+                    self._take(more_jobs())
+                    self._run_jobs()
+            except FedbioError as error:
+                self._tell_all(messages.ABORT, Abort(str(error)))
+                party.events.write("aborted", reason=str(error))
+                raise
+            self._say_goodbye()
+            party.finish(LIBRARIES)
+            self._desk.close()
+            self._state.close()
+
+    # a site's messages may come before `_begin` has run to its end; they wait for it
+    def __post_init__(self) -> None:
+        self._ready = threading.Event()
+        self._over = False
+        self._left: set[str] = set()
+
+    def _begin(self, party: Party, endpoint: ServerEndpoint) -> None:
+        self._party, self._endpoint = party, endpoint
+        self._state = State(self.workspace)
+        self._expected = tuple(self.jobs.sites or self.kit.sites)
+        self._desk = Desk(self._expected, self._post_task, party.events, min_sites=self.jobs.federation.min_sites)
+        self._done: set[str] = set()
+        party.record.settings = self.jobs.model_dump(mode="json")
+        party.events.write("listening", address=endpoint.address)
+        self._ready.set()
+
+    def _take(self, jobs: JobsFile) -> None:
+        self.jobs = jobs
+        self._party.record.settings = jobs.model_dump(mode="json")
+
+    def _run_jobs(self) -> None:
+        for job in self.jobs.jobs:
+            if not self._state.begin(job.name, job.model_dump_json().encode()):
+                self._run_job(job)
+                self._state.finish(job.name)
+            if job.name not in self._done:
+                self._done.add(job.name)
+                self._tell_all(messages.JOB_DONE, JobDone(job.name))
+
+    def _run_job(self, job: EmbedJob | ClassifyJob | ProjectionJob) -> None:
+        started = time.monotonic()
+        self._desk.wait_for_sites(job.name, deadline_s=self.jobs.federation.join_deadline_s)
+        log.info("job begins job=%s sites=%s", job.name, ",".join(self._desk.sites(job.name)))
+        self._party.events.write("job begins", job=job.name, sites=list(self._desk.sites(job.name)))
+        self._controller(job).run()
+        seconds = time.monotonic() - started
+        record = self._party.record
+        if isinstance(job, ClassifyJob):
+            # its stages are in the record already
+            record.seconds["study"] = record.seconds.get("study", 0.0) + seconds
+        else:
+            record.seconds[job.workflow] = record.seconds.get(job.workflow, 0.0) + seconds
+        self._party.save()
+        log.info("job done job=%s seconds=%.1f", job.name, seconds)
+        self._party.events.write("job done", job=job.name, seconds=round(seconds, 3))
+
+    def _controller(self, job: EmbedJob | ClassifyJob | ProjectionJob) -> Controller:
+        runtime = Runtime(
+            job=job.name,
+            desk=self._desk,
+            state=self._state,
+            events=self._party.events,
+            record=self._party.record,
+            workspace=self.workspace,
+            limits=self.jobs.federation,
+            send_file=self._send_file,
+            save_model=self.save_model,
+            outgoing=self.outgoing,
+            incoming=self.incoming,
+        )
+        if isinstance(job, EmbedJob):
+            return Embed(runtime, job)
+        if isinstance(job, ClassifyJob):
+            return Classify(runtime, job)
+        return Projection(runtime, job)
+
+    # what comes
+
+    def _on_peer(self, site: str, here: bool) -> None:
+        self._ready.wait()
+        if not here:
+            self._desk.gone(site)
+
+    def _on_message(self, received: Received) -> None:
+        self._ready.wait()
+        site = received.peer
+        try:
+            if received.topic == messages.RESULT:
+                tensors = {} if received.payload is None else received.payload.tensors()
+                result = decode(Result, received.body, tensors)
+                self._desk.answered(msgspec.structs.replace(result, site=site))
+            elif received.topic == messages.JOIN:
+                self._on_join(site, unpack(Join, received.body))
+            elif received.topic == messages.BYE:
+                self._left.add(site)
+                self._desk.gone(site)
+            else:
+                raise ProtocolError(f"unknown topic {received.topic!r}")
+        except TransportError as error:
+            self._desk.unreadable(site, str(error))
+        except FedbioError as error:
+            self._desk.unreadable(site, f"its tensors cannot be read: {error}")
+
+    def _on_join(self, site: str, join: Join) -> None:
+        names = [job.name for job in self.jobs.jobs]
+        unknown = sorted(set(join.jobs) - set(names))
+        reason = ""
+        if join.protocol != messages.PROTOCOL:
+            reason = f"fedbio {join.version} at {site} and {__version__} at the server do not fit; install one release"
+        elif site not in self._expected:
+            reason = f"{site} is not expected; the sites of these jobs are {', '.join(self._expected)}"
+        elif unknown:
+            reason = f"there is no job {', '.join(unknown)} here; the jobs are {', '.join(names)}"
+        if reason:
+            log.warning("site turned away site=%s reason=%s", site, reason)
+            self._party.events.write("site turned away", site=site, reason=reason)
+            return self._tell(site, messages.ABORT, Abort(reason))
+        self._state.joined(site, join.version)
+        self._tell(site, messages.WELCOME, Welcome(self.kit.federation, tuple(names)))
+        self._left.discard(site)
+        self._desk.joined(site, join)
+        if self._over:
+            return self._tell(site, messages.END)
+        for name in self._done.intersection(join.jobs):
+            self._tell(site, messages.JOB_DONE, JobDone(name))
+        return None
+
+    # what goes
+
+    def _post_task(self, site: str, body: bytes, payload: Payload | None) -> None:
+        self._party.ledger.add("model" if payload else "control", len(body) + (payload.size if payload else 0), to=site)
+        self._endpoint.send(site, messages.TASK, body, payload, self.jobs.federation.round_deadline_s)
+
+    def _send_file(self, site: str, path: Path, header: FileHeader) -> None:
+        payload = FilePayload(path)
+        self._party.ledger.add("encoder", payload.size, to=site)
+        self._endpoint.send(site, messages.FILE, pack(header), payload, self.jobs.federation.round_deadline_s)
+
+    def _tell(self, site: str, topic: str, message: msgspec.Struct | None = None) -> None:
+        body = b"" if message is None else pack(message)
+        self._party.ledger.add("control", len(body), to=site)
+        try:
+            self._endpoint.send(site, topic, body, None, GOODBYE_S)
+        except TransportError as error:
+            log.info("not told site=%s topic=%s reason=%s", site, topic, error)
+
+    def _tell_all(self, topic: str, message: msgspec.Struct | None = None) -> None:
+        for site in self._desk.sites():
+            self._tell(site, topic, message)
+
+    def _say_goodbye(self) -> None:
+        self._over = True
+        self._tell_all(messages.END)
+        deadline = time.monotonic() + GOODBYE_S
+        known = set(self._state.known_sites())
+        while known - self._left and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if missing := sorted(known - self._left):
+            log.warning("sites did not say goodbye sites=%s", ",".join(missing))

@@ -1,0 +1,82 @@
+"""Play all parties of a federation on this machine, each as a process of its own over mutual TLS."""
+
+from __future__ import annotations
+
+__all__ = ["simulate"]
+
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import yaml
+
+from fedbio.errors import SettingsError
+from fedbio.federation.supervisor import Process, supervise
+from fedbio.files import write_whole
+from fedbio.provision import provision
+from fedbio.settings import FederationFile, RunSettings
+
+SERVER = "server"
+
+
+def simulate(settings: RunSettings, run: Path, data: Path) -> None:
+    """Run a server and all sites to their end; a run that was broken off goes on where it was.
+
+    Parameters
+    ----------
+    settings : RunSettings
+    run : Path
+        Gets ``federation/`` (kits and job file), one folder per party, and ``global/``, the model.
+    data : Path
+        The folder with one ``NAME.fasta`` per site.
+
+    Raises
+    ------
+    FedbioError
+        If a party fails: names it and shows its last lines, with its exit code.
+    """
+    files = {site: data / f"{site}.fasta" for site in settings.sites.names}
+    missing = [str(path) for path in files.values() if not path.is_file()]
+    if missing:
+        raise SettingsError(
+            f"{', '.join(missing)}: not found; make the sites' files with `fedbio data split ... -o {data}`"
+        )
+    address = f"127.0.0.1:{_free_port()}"
+    kits = run / "federation"
+    federation = {"federation": "simulation", "server": {"address": address}, "sites": settings.sites.names}
+    provision(FederationFile.model_validate(federation), kits)
+    jobs = kits / "jobs.yaml"
+    write_whole(jobs, yaml.safe_dump(settings.jobs().model_dump(mode="json"), sort_keys=False))
+    # the port is free now, and may be another one than in a run that was broken off
+    server = ["server", "--kit", kits / SERVER, "--jobs", jobs, "-o", run / SERVER, "--listen", address]
+    threads = max(1, len(os.sched_getaffinity(0)) // settings.sites.count)
+    processes = [_process(SERVER, run, server)]
+    for site, path in files.items():
+        arguments = ["site", "--kit", kits / site, "--data", path, "-o", run / site, "--server", address]
+        arguments += ["--device", settings.device, "--threads", threads]
+        arguments += ["--embeddings", settings.embeddings] if settings.embeddings else []
+        arguments += ["--allow", "map"] if settings.report.map else []
+        arguments += ["--synthetic"] if settings.dataset == "demo" else []
+        processes.append(_process(site, run, arguments))
+    supervise(processes, {**os.environ, "PYTHONUNBUFFERED": "1"})
+    _copy_model(run / SERVER / "global", run / "global")
+
+
+def _process(name: str, run: Path, arguments: list[object]) -> Process:
+    return Process(name, [sys.executable, "-m", "fedbio", *map(str, arguments)], run / name / "log.txt")
+
+
+def _copy_model(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    # the card last: it names the digest of the other file
+    for path in sorted(source.iterdir(), key=lambda path: path.suffix == ".json"):
+        shutil.copyfile(path, target / path.name)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,305 @@
+"""The site's run time: dial out, take the tasks that the policy allows, answer each once, and account for what leaves."""
+
+from __future__ import annotations
+
+__all__ = ["Site"]
+
+import logging
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedbio import __version__
+from fedbio.errors import DataError, FedbioError, FederationError, ProtocolError, TransportError
+from fedbio.federation import messages
+from fedbio.federation.executor import Executor, SiteContext
+from fedbio.federation.filters import Chain
+from fedbio.federation.messages import Abort, FileHeader, JobDone, Join, Welcome, pack, unpack
+from fedbio.federation.model import FLModel, Result, Status, Task, decode, encode
+from fedbio.federation.party import Party
+from fedbio.files import sha256_file
+from fedbio.settings import KitFile
+from fedbio.transport import Credentials, Payload, Received, SiteEndpoint, TensorPayload
+
+log = logging.getLogger(__name__)
+
+SAVE_EVERY_S = 5.0
+"""Seconds between two saves of the record while tasks are done."""
+
+SEND_TRIES = 3
+"""How often a result is sent over one connection; after a break the server asks for it again."""
+
+LIBRARIES = ("grpcio", "h5py", "msgspec", "numpy", "torch")
+"""Whose versions go into the site's record."""
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(slots=True)
+class _Answer:
+    """A result in its wire form, kept until the next task: the server may ask again after a break."""
+
+    task: str
+    body: bytes
+    payload: Payload | None
+    kind: str
+
+
+@dataclass(kw_only=True)
+class Site:
+    """Takes part in a federation's jobs.
+
+    Parameters
+    ----------
+    kit : KitFile
+    credentials : Credentials
+    workspace : Path
+        The folder for everything that the site keeps.
+    data : Path
+        The site's own proteins.
+    executors : mapping of str to Executor
+        By the task's name.
+    allow : sequence of str
+        Kinds of task that the site takes.
+    jobs : sequence of str
+        Jobs to take part in; empty means all.
+    server : str or None
+        The server's address, where it differs from the kit's.
+    connect_deadline_s : float
+        Seconds to keep trying to reach the server.
+    prepare : callable or None
+        Called once the server is reached and before the first task, to load what tasks need.
+    """
+
+    kit: KitFile
+    credentials: Credentials
+    workspace: Path
+    data: Path
+    executors: Mapping[str, Executor]
+    allow: Sequence[str]
+    labels: Path | None = None
+    reuse: Path | None = None
+    device: str = "auto"
+    threads: int | None = None
+    synthetic: bool = False
+    jobs: Sequence[str] = ()
+    server: str | None = None
+    connect_deadline_s: float = 3600.0
+    prepare: Callable[[], None] | None = None
+    outgoing: Chain = field(default_factory=Chain)
+    incoming: Chain = field(default_factory=Chain)
+    driver: str = "grpc"
+
+    def __post_init__(self) -> None:
+        self._inbox: queue.SimpleQueue[Task | Received] = queue.SimpleQueue()
+        self._ready = threading.Event()
+        self._lock = threading.Lock()
+        self._taken: set[str] = set()
+        self._answer: _Answer | None = None
+        self._failure: FedbioError | None = None
+        self._saved = 0.0
+
+    def run(self) -> None:
+        """Do tasks until the server says that there are no more.
+
+        Raises
+        ------
+        PeerUnreachable, RefusedError
+            If the server is not reached, or does not take this site, or this site does not take the server.
+        FederationError
+            If the server gives up, with its reason; or the error of this site's own task, if that was the reason.
+        """
+        with (
+            Party.open(self.workspace, self.kit.party, "site") as party,
+            SiteEndpoint(
+                self.server or self.kit.server,
+                self.credentials,
+                spool=self.workspace / "spool",
+                on_message=self._on_message,
+                on_connection=self._on_connection,
+                connect_deadline_s=self.connect_deadline_s,
+                driver=self.driver,
+            ) as endpoint,
+        ):
+            self._begin(party, endpoint)
+            if self.prepare is not None:
+                self.prepare()
+            while self._handle(self._next()):
+                pass
+            self._send(messages.BYE, b"", None, "control")
+            party.finish(LIBRARIES)
+            log.info("done, everything this site keeps is in %s", self.workspace)
+
+    def _begin(self, party: Party, endpoint: SiteEndpoint) -> None:
+        self._party, self._endpoint = party, endpoint
+        self._jobs_left = set(self.jobs)
+        self._context = SiteContext(
+            site=self.kit.party,
+            workspace=self.workspace,
+            data=self.data,
+            labels=self.labels,
+            reuse=self.reuse,
+            device=self.device,
+            threads=self.threads,
+            synthetic=self.synthetic,
+            record=party.record,
+            events=party.events,
+        )
+        self._ready.set()
+
+    # on the transport's threads
+
+    def _on_connection(self, here: bool) -> None:
+        self._ready.wait()
+        self._party.events.write("server connected" if here else "server lost")
+        if here:
+            join = Join(version=__version__, jobs=tuple(self.jobs), allow=tuple(self.allow))
+            try:
+                self._send(messages.JOIN, pack(join), None, "control")
+            except TransportError as error:
+                # the next connection is announced as well
+                log.info("not joined: %s", error)
+
+    def _on_message(self, received: Received) -> None:
+        self._ready.wait()
+        if received.topic != messages.TASK:
+            return self._inbox.put(received)
+        try:
+            task = decode(Task, received.body, {} if received.payload is None else received.payload.tensors())
+        except FedbioError as error:
+            log.warning("task not readable reason=%s", error)
+            return self._party.events.write("task not readable", reason=str(error))
+        with self._lock:
+            # a task that is being done, or waits here, is answered when it is done, however often it comes
+            if task.id not in self._taken:
+                self._taken.add(task.id)
+                self._inbox.put(task)
+        return None
+
+    # on the main thread
+
+    def _next(self) -> Task | Received:
+        while True:
+            try:
+                return self._inbox.get(timeout=1.0)
+            except queue.Empty:
+                # raises if the server was lost for good
+                self._endpoint.wait(0)
+
+    def _handle(self, message: Task | Received) -> bool:
+        """Deal with one message; return False if it was the last one."""
+        if isinstance(message, Task):
+            self._do(message)
+        elif message.topic == messages.WELCOME:
+            welcome = unpack(Welcome, message.body)
+            log.info("joined federation=%s as=%s jobs=%s", welcome.federation, self.kit.party, ",".join(welcome.jobs))
+        elif message.topic == messages.FILE:
+            self._keep_file(message)
+        elif message.topic == messages.JOB_DONE:
+            job = unpack(JobDone, message.body).job
+            log.info("job done job=%s", job)
+            self._party.events.write("job done", job=job)
+            self._jobs_left.discard(job)
+            return not self.jobs or bool(self._jobs_left)
+        elif message.topic == messages.END:
+            return False
+        elif message.topic == messages.ABORT:
+            reason = unpack(Abort, message.body).reason
+            self._party.events.write("aborted", reason=reason)
+            # the site whose own task failed leaves with its own error
+            raise self._failure or FederationError(f"the server has given up: {reason}")
+        else:
+            log.warning("unknown message skipped topic=%s", message.topic)
+        return True
+
+    def _do(self, task: Task) -> None:
+        if self._answer is not None and self._answer.task == task.id:
+            self._reply(self._answer)
+        else:
+            executor = self.executors.get(task.name)
+            result = self._result(task, executor)
+            body, tensors = encode(result)
+            kind = executor.leaves if executor is not None and result.status is Status.DONE else "control"
+            self._answer = _Answer(task.id, body, TensorPayload(tensors) if tensors else None, kind)
+            self._reply(self._answer)
+        with self._lock:
+            self._taken.discard(task.id)
+        if time.monotonic() - self._saved > SAVE_EVERY_S:
+            self._saved = time.monotonic()
+            self._party.save()
+
+    def _result(self, task: Task, executor: Executor | None) -> Result:
+        """Do a task, or say why not."""
+        refusal = ""
+        if executor is None:
+            refusal = f"this site's fedbio {__version__} knows no task {task.name!r}"
+        elif executor.kind not in self.allow:
+            refusal = (
+                f"the policy of {self.kit.party} does not allow {executor.kind!r} (allowed: {', '.join(self.allow)})"
+            )
+        if executor is None or refusal:
+            log.warning("task refused task=%s reason=%s", task.name, refusal)
+            self._party.events.write("task refused", task=task.name, reason=refusal)
+            return Result(task=task.id, status=Status.REFUSED, reason=refusal)
+        started = time.monotonic()
+        try:
+            model = executor.execute(task, self.incoming(task.model, task=task.name), self._context)
+            result = Result(task=task.id, model=self.outgoing(model, task=task.name))
+        except FedbioError as error:
+            log.error("task failed task=%s reason=%s", task.name, error)
+            self._failure = error
+            result = Result(task=task.id, status=Status.FAILED, reason=str(error))
+        except Exception as error:
+            # a full disk or a bug of ours: the server learns of it, and this process ends with it
+            self._reply_failure(task, f"{type(error).__name__}: {error}")
+            raise
+        seconds = time.monotonic() - started
+        stage = executor.stage or executor.kind
+        self._party.record.seconds[stage] = self._party.record.seconds.get(stage, 0.0) + seconds
+        self._party.events.write(
+            "task done" if result.status is Status.DONE else "task failed",
+            task=task.name, id=task.id, job=task.job, round=task.model.current_round, seconds=round(seconds, 4),
+        )  # fmt: skip
+        return result
+
+    def _reply_failure(self, task: Task, reason: str) -> None:
+        body, _ = encode(Result(task=task.id, model=FLModel(), status=Status.FAILED, reason=reason))
+        self._reply(_Answer(task.id, body, None, "control"))
+
+    def _reply(self, answer: _Answer) -> None:
+        for _ in range(SEND_TRIES):
+            try:
+                return self._send(messages.RESULT, answer.body, answer.payload, answer.kind)
+            except TransportError as error:
+                log.info("result not delivered, it is kept reason=%s", error)
+                self._endpoint.wait(1.0)
+        return None
+
+    def _send(self, topic: str, body: bytes, payload: Payload | None, kind: str) -> None:
+        if payload is None:
+            self._party.ledger.add(kind, len(body), topic=topic)
+        else:
+            self._party.ledger.add("metrics", len(body), topic=topic)
+            self._party.ledger.add(kind, payload.size, topic=topic)
+        self._endpoint.send(topic, body, payload)
+
+    def _keep_file(self, received: Received) -> None:
+        """Keep a file that the server streamed, if it is what it is said to be."""
+        header = unpack(FileHeader, received.body)
+        if not (_PLAIN_NAME.fullmatch(header.name) and _DIGEST.fullmatch(header.group)) or received.payload is None:
+            raise ProtocolError(f"the server has sent a file under the name {header.name!r}; it is not kept")
+        path = self._context.received(header.group) / header.name
+        received.payload.save(path)
+        found = sha256_file(path)
+        self._party.events.write("file received", file=header.name, sha256=found, bytes=received.payload.size)
+        if found != header.sha256:
+            path.unlink()
+            raise DataError(
+                f"{header.name}: the server announced SHA-256 {header.sha256} and sent {found}; it is not kept"
+            )
+        log.info("file received file=%s bytes=%d sha256=%.12s", header.name, received.payload.size, found)

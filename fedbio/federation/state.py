@@ -1,0 +1,198 @@
+"""The server's memory: one SQLite file in write-ahead mode and model files; killed at any moment, it is consistent.
+
+A model file is written whole before the row that names it, and removed only after no row names it any more.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Progress", "State"]
+
+import hashlib
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from fedbio.errors import FormatError, SettingsError
+from fedbio.federation.model import Parameters
+from fedbio.results import Metric, utc_now
+from fedbio.tensors import open_file, write_file
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+create table sites (name text primary key, version text, first_joined text, last_joined text);
+create table jobs (name text primary key, digest text, started text, finished text);
+create table notes (job text, key text, value blob, primary key (job, key));
+create table runs (job text, run text, round integer, best_round integer, best_value real, finished integer,
+                   primary key (job, run));
+create table metrics (job text, party text, model text, split text, seed integer, round integer, metric text, value real,
+                      primary key (job, party, model, split, seed, round, metric));
+"""
+
+T = TypeVar("T")
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far a run of federated averaging has come.
+
+    Parameters
+    ----------
+    round : int
+        The round of the model saved last; round 0 is the initial model.
+    best_round : int
+        The round of the best model so far.
+    best_value : float or None
+        What made it the best; None before anything was measured.
+    finished : bool
+    """
+
+    round: int = 0
+    best_round: int = 0
+    best_value: float | None = None
+    finished: bool = False
+
+
+class State:
+    """Opens, or makes, a server's memory in a folder. Safe to use from several threads."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "state.sqlite"
+        self._lock = threading.Lock()
+        self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        try:
+            self._database.execute("pragma journal_mode = wal")
+            self._database.execute("pragma synchronous = normal")
+            version = self._database.execute("pragma user_version").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            raise FormatError(f"{path}: not a server's state ({error}); choose another workspace") from error
+        if version == 0:
+            self._database.executescript(f"begin; {_SCHEMA} pragma user_version = {SCHEMA_VERSION}; commit;")
+        elif version != SCHEMA_VERSION:
+            raise FormatError(
+                f"{path}: state of version {version}, this release reads version {SCHEMA_VERSION}; "
+                "finish the job with the release that began it, or choose another workspace"
+            )
+
+    def close(self) -> None:
+        """Close the database."""
+        with self._lock:
+            self._database.close()
+
+    def _write(self, statement: str, *values: Any) -> None:
+        with self._lock:
+            self._database.execute(statement, values)
+
+    def _read(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return self._database.execute(statement, values).fetchall()
+
+    def joined(self, site: str, version: str) -> None:
+        """Remember that a site has joined."""
+        self._write(
+            "insert into sites values (?1, ?2, ?3, ?3) on conflict do update set version = ?2, last_joined = ?3",
+            site, version, utc_now(),
+        )  # fmt: skip
+
+    def known_sites(self) -> list[str]:
+        """Return every site that has ever joined, sorted."""
+        return [name for (name,) in self._read("select name from sites order by name")]
+
+    def begin(self, job: str, settings: bytes) -> bool:
+        """Note that a job begins or goes on; return True if it is finished already.
+
+        Raises
+        ------
+        SettingsError
+            If the job was begun with other settings in this workspace.
+        """
+        digest = hashlib.sha256(settings).hexdigest()
+        self._write("insert or ignore into jobs values (?, ?, ?, null)", job, digest, utc_now())
+        [(known, finished)] = self._read("select digest, finished from jobs where name = ?", job)
+        if known != digest:
+            raise SettingsError(
+                f"job {job!r} was begun in {self.folder} with other settings; give the job another name or the server "
+                "another workspace, or take back the change"
+            )
+        return finished is not None
+
+    def finish(self, job: str) -> None:
+        """Note that a job is finished."""
+        self._write("update jobs set finished = ? where name = ?", utc_now(), job)
+
+    def note(self, job: str, key: str, value: Any) -> None:
+        """Keep something that a job found out; `value` is anything that msgspec can encode."""
+        self._write("insert or replace into notes values (?, ?, ?)", job, key, msgspec.json.encode(value))
+
+    def noted(self, job: str, key: str, kind: type[T]) -> T | None:
+        """Return what a job noted, or None."""
+        rows = self._read("select value from notes where job = ? and key = ?", job, key)
+        return msgspec.json.decode(rows[0][0], type=kind) if rows else None
+
+    def store(self, job: str, name: str, parameters: Parameters) -> None:
+        """Keep named tensors of a job."""
+        write_file(self.folder / "models" / job / f"{name}.safetensors", parameters)
+
+    def stored(self, job: str, name: str) -> Parameters | None:
+        """Return named tensors of a job, or None."""
+        path = self.folder / "models" / job / f"{name}.safetensors"
+        return dict(open_file(path)) if path.exists() else None
+
+    def progress(self, job: str, run: str) -> Progress | None:
+        """Return how far a run has come, or None if it has not begun."""
+        rows = self._read(
+            "select round, best_round, best_value, finished from runs where job = ? and run = ?", job, run
+        )
+        return Progress(*rows[0][:3], finished=bool(rows[0][3])) if rows else None
+
+    def save(self, job: str, run: str, progress: Progress, parameters: Parameters | None = None) -> None:
+        """Save a round: the model of `progress.round`, if it is new, then the row, then remove older models."""
+        if parameters is not None:
+            self.store(job, _model_name(run, progress.round), parameters)
+        self._write(
+            "insert or replace into runs values (?, ?, ?, ?, ?, ?)",
+            job, run, progress.round, progress.best_round, progress.best_value, progress.finished,
+        )  # fmt: skip
+        kept = {_model_name(run, progress.best_round)}
+        if not progress.finished:
+            kept.add(_model_name(run, progress.round))
+        for path in (self.folder / "models" / job / run).glob("round-*.safetensors"):
+            if f"{run}/{path.stem}" not in kept:
+                path.unlink()
+
+    def model(self, job: str, run: str, round_number: int) -> Parameters:
+        """Return the model of a round that `progress` names."""
+        parameters = self.stored(job, _model_name(run, round_number))
+        if parameters is None:
+            raise FormatError(
+                f"{self.folder}: the model of round {round_number} of {run} is gone; start again in a new workspace"
+            )
+        return parameters
+
+    def add_metrics(self, job: str, rows: Iterable[Metric]) -> None:
+        """Add rows to a job's table; a row that is there already is replaced."""
+        with self._lock:
+            self._database.execute("begin")
+            self._database.executemany(
+                "insert or replace into metrics values (?, ?, ?, ?, ?, ?, ?, ?)", ((job, *row) for row in rows)
+            )
+            self._database.execute("commit")
+
+    def metrics(self, job: str | None = None) -> list[Metric]:
+        """Return a job's table, or that of all jobs, in a fixed order."""
+        rows = self._read(
+            "select party, model, split, seed, round, metric, value from metrics where ?1 is null or job = ?1 "
+            "order by job, model, seed, party, split, metric, round",
+            job,
+        )
+        return [Metric(*row) for row in rows]
+
+
+def _model_name(run: str, round_number: int) -> str:
+    return f"{run}/round-{round_number:05}"

@@ -1,0 +1,257 @@
+"""The study: every site trains alone, all sites train together, for every classifier and seed; then the best is published."""
+
+from __future__ import annotations
+
+__all__ = ["Classify"]
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fedbio.errors import FederationError
+from fedbio.federation.controller import Controller, Runtime
+from fedbio.federation.model import FLModel, Parameters
+from fedbio.federation.workflows.fedavg import FedAvg, Outcome, RoundMetrics
+from fedbio.federation.workflows.moments import federated_standardizer
+from fedbio.federation.workflows.study import (
+    Alone,
+    Description,
+    Evaluation,
+    Publication,
+    RunSpec,
+    Study,
+    confusion_of,
+    meta,
+    model_manifest,
+    read_meta,
+    scores,
+)
+from fedbio.results import FEDERATED, METRICS_COLUMNS, METRICS_FILE, EncoderInfo, Metric, write_table
+from fedbio.settings import ClassifyJob
+
+log = logging.getLogger(__name__)
+
+
+class Classify(Controller):
+    """Describe, standardize, train every classifier from every seed together and alone, evaluate, publish."""
+
+    def __init__(self, runtime: Runtime, job: ClassifyJob) -> None:
+        super().__init__(runtime)
+        self.training = job.training
+        self.settings: dict[str, Any] = job.model_dump(mode="json")
+        self.study = Study(
+            classes=tuple(job.classes),
+            validation_fraction=job.training.validation_fraction,
+            min_proteins=job.training.min_proteins,
+        )
+        self.descriptions: dict[str, Description] = {}
+        self.standardizer: Parameters = {}
+
+    def run(self) -> None:
+        """Do the whole study; what was finished before a restart is not done again."""
+        self.describe()
+        self.standardize()
+        for hidden in self.training.mlps:
+            for seed in self.training.seeds:
+                self.compare(self.spec(hidden, seed))
+        self.publish()
+
+    def spec(self, hidden: str, seed: int) -> RunSpec:
+        """Return what the sites need to know to train one classifier."""
+        chosen = self.training.model_dump(include=set(RunSpec.__struct_fields__))
+        return RunSpec(study=self.study, hidden=hidden, seed=seed, **chosen)
+
+    def describe(self) -> None:
+        """Ask every site that has not told yet how many proteins of each class it has."""
+        self.descriptions |= self.state.noted(self.job, "descriptions", dict[str, Description]) or {}
+        new = [site for site in self.sites() if site not in self.descriptions]
+        if new:
+            # a late site may fail without harm to the others
+            least = 0 if self.descriptions else self.runtime.desk.needed(len(new))
+            results = self.broadcast_and_wait("describe", FLModel(meta=meta(self.study)), new, min_responses=least)
+            self.descriptions |= {each.site: read_meta(each.model.meta, Description) for each in results}
+            self.state.note(self.job, "descriptions", self.descriptions)
+        self.encoder = self.common_encoder()
+        record = self.runtime.record
+        record.classes, record.encoder = list(self.study.classes), self.encoder
+        record.federation = {site: self.descriptions[site].counts for site in sorted(self.descriptions)}
+
+    def common_encoder(self) -> EncoderInfo:
+        """Return the encoder of all sites' embeddings; arithmetic may differ between machines, all else may not."""
+        infos = {site: each.encoder for site, each in sorted(self.descriptions.items())}
+        first_site, first = next(iter(infos.items()))
+        for site, info in infos.items():
+            for field in EncoderInfo.__struct_fields__:
+                ours, theirs = getattr(first, field), getattr(info, field)
+                if ours != theirs and field != "dtype":
+                    raise FederationError(
+                        f"job {self.job}: embeddings differ in {field}: {first_site} has {ours!r}, {site} has {theirs!r}; "
+                        "embed again with one encoder"
+                    )
+        return first
+
+    def standardize(self) -> None:
+        """Compute the mean and scale of every feature over all sites' training proteins, once per job."""
+        self.standardizer = self.state.stored(self.job, "standardizer") or federated_standardizer(
+            self, self.study, self.encoder.width, self.registered("train")
+        )
+        self.state.store(self.job, "standardizer", self.standardizer)
+        self.state.note("", "study", self.study)
+        self.state.store("", "standardizer", self.standardizer)
+
+    def registered(self, split: Any) -> dict[str, int]:
+        """Return how many proteins of a split each site has registered."""
+        return {site: each.total(split) for site, each in self.descriptions.items()}
+
+    def compare(self, spec: RunSpec) -> None:
+        """Train one classifier from one seed together and alone, and evaluate both on test proteins."""
+        if self.state.noted(self.job, f"{spec.name} done", bool):
+            return
+        self.describe()
+        with self.stage("train"):
+            outcome = FedAvg(
+                self.runtime,
+                name=spec.name,
+                initial=lambda: self.initialize(spec),
+                rounds=spec.rounds,
+                patience=spec.patience,
+                training=self.registered("train"),
+                validation=self.registered("validation"),
+                meta=meta(spec),
+                shared=self.standardizer,
+                on_round=lambda metrics: self.note_round(spec, metrics),
+            ).run()
+        with self.stage("train alone"):
+            self.train_alone(spec)
+        with self.stage("evaluate"):
+            self.evaluate(spec, outcome)
+        self.state.note(self.job, f"{spec.name} done", True)
+        self.write_metrics()
+        log.info(
+            "run finished mlp=%s seed=%d best_round=%d validation_accuracy=%s",
+            spec.hidden, spec.seed, outcome.best_round, _shown(outcome.best_value),
+        )  # fmt: skip
+
+    def initialize(self, spec: RunSpec) -> Parameters:
+        """Have the first site draw the initial parameters: the server has no torch, and any site draws the same bits."""
+        manifest = model_manifest(self.encoder.width, spec.hidden, len(self.study.classes))
+        result = self.send("initialize", self.task(spec), expect=manifest)
+        # copied: what a result carries is mapped from its spool file
+        return {name: value.copy() for name, value in result.model.params.items()}
+
+    def train_alone(self, spec: RunSpec) -> None:
+        """Have every site train by itself with the same budget, and note its curve and its test metrics."""
+        for result in self.broadcast_and_wait("train_alone", self.task(spec), self.enrolled()):
+            alone = read_meta(result.model.meta, Alone)
+            for number, *values in alone.curve:
+                self.note(spec, result.site, number, dict(zip(_CURVE, values, strict=True)))
+            self.note_test(spec, result.site, alone.best_round, [alone.test])
+
+    def evaluate(self, spec: RunSpec, outcome: Outcome) -> None:
+        """Have every site try the best global model on its test proteins, and note the metrics over all of them."""
+        results = self.broadcast_and_wait("evaluate", self.task(spec, outcome), self.enrolled())
+        evaluations = [read_meta(each.model.meta, Evaluation) for each in results]
+        self.note_test(spec, FEDERATED, outcome.best_round, evaluations)
+        confidence = np.sum([each.confidence for each in evaluations if each.confidence], axis=0)
+        self.state.note(self.job, f"{spec.name} confidence", np.asarray(confidence).tolist() or [])
+
+    def task(self, spec: RunSpec, outcome: Outcome | None = None) -> FLModel:
+        """Return what a task of a run carries: its settings, the standardizer, and perhaps a model."""
+        params = self.standardizer if outcome is None else {**self.standardizer, **outcome.params}
+        number = 0 if outcome is None else outcome.best_round
+        return FLModel(params=params, meta=meta(spec), current_round=number, total_rounds=spec.rounds)
+
+    def enrolled(self) -> list[str]:
+        """Return the sites that are here and have described their data."""
+        return [site for site in self.sites() if site in self.descriptions]
+
+    def note_round(self, spec: RunSpec, metrics: RoundMetrics) -> None:
+        """Note the means over all sites of one round."""
+        log.info(
+            "round measured mlp=%s seed=%d round=%d validation_accuracy=%s train_loss=%s",
+            spec.hidden, spec.seed, metrics.round, _shown(metrics.validation_accuracy), _shown(metrics.train_loss),
+        )  # fmt: skip
+        values = (metrics.train_loss, metrics.validation_accuracy, metrics.validation_loss)
+        self.note(spec, FEDERATED, metrics.round, dict(zip(_CURVE, values, strict=True)))
+
+    def note(self, spec: RunSpec, party: str, number: int, values: dict[tuple[str, str], float | None]) -> None:
+        """Add rows to the table of metrics; what was not measured has no row."""
+        self.state.add_metrics(
+            self.job,
+            [
+                Metric(party, spec.hidden, split, spec.seed, number, metric, value)
+                for (split, metric), value in values.items()
+                if value is not None
+            ],
+        )
+
+    def note_test(self, spec: RunSpec, party: str, number: int, evaluations: list[Evaluation]) -> None:
+        """Note the test metrics of one model over the sites that tried it."""
+        confusion = confusion_of(evaluations, len(self.study.classes))
+        if not confusion.sum():
+            return
+        counts = [int(np.sum(each.confusion)) for each in evaluations]
+        loss = float(np.average([each.loss for each in evaluations], weights=counts))
+        self.note(spec, party, number, {("test", name): value for name, value in scores(confusion).items()})
+        self.note(spec, party, number, {("test", "loss"): loss})
+
+    def publish(self) -> None:
+        """Choose the best classifier by validation accuracy, the first of equals, and send it to every site."""
+        specs = [self.spec(hidden, seed) for hidden in self.training.mlps for seed in self.training.seeds]
+        found = [(spec, progress) for spec in specs if (progress := self.state.progress(self.job, spec.name))]
+        best, progress = max(found, key=lambda each: -1.0 if each[1].best_value is None else each[1].best_value)
+        record = self.runtime.record
+        record.best = best.hidden
+        record.rounds = {
+            hidden: {str(spec.seed): each.best_round for spec, each in found if spec.hidden == hidden}
+            for hidden in self.training.mlps
+        }
+        metrics = self.write_metrics()
+        publication = Publication(
+            study=self.study,
+            encoder=self.encoder,
+            best=best.hidden,
+            seed=best.seed,
+            best_round=progress.best_round,
+            scores={
+                f"{row.split}_{row.metric}": row.value
+                for row in metrics
+                if (row.party, row.model, row.seed, row.round)
+                == (FEDERATED, best.hidden, best.seed, progress.best_round)
+            },
+            confidence=self.state.noted(self.job, f"{best.name} confidence", list[list[int]]) or [],
+            rounds=record.rounds,
+            federation=record.federation,
+            settings=self.settings,
+            metrics=metrics,
+        )
+        params = {**self.standardizer, **self.state.model(self.job, best.name, progress.best_round)}
+        self.broadcast_and_wait("publish", FLModel(params=params, meta=meta(publication)))
+        if self.runtime.save_model is not None:
+            self.runtime.save_model(params, publication)
+        log.info("best model mlp=%s seed=%d round=%d", best.hidden, best.seed, progress.best_round)
+
+    def write_metrics(self) -> list[Metric]:
+        """Write ``metrics.csv`` as far as it has come, and return its rows."""
+        rows = self.state.metrics(self.job)
+        write_table(self.runtime.workspace / METRICS_FILE, METRICS_COLUMNS, rows)
+        return rows
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the block's seconds to a stage of the server's record."""
+        started = time.monotonic()
+        yield
+        seconds = self.runtime.record.seconds
+        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
+
+
+_CURVE = (("train", "loss"), ("validation", "accuracy"), ("validation", "loss"))
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
