@@ -1,0 +1,70 @@
+"""Say what left each site, from the sites' own ledgers, and say no more than they show."""
+
+from __future__ import annotations
+
+__all__ = ["kinds_sent", "ledger_table", "statement"]
+
+from fedbio.report.collect import Run
+from fedbio.report.plates import Table
+from fedbio.report.words import bytes_words
+
+KINDS = {
+    "model": "weights of classifiers",
+    "metrics": "accuracies, losses and timings",
+    "counts": "numbers of proteins, by class and split",
+    "sums": "sums over all training proteins of a site, for the common mean and spread",
+    "coordinates": "two coordinates of each protein on the map",
+    "control": "joining, signs of life, acknowledgements",
+}
+"""What a kind of message holds. A kind that is not named here is reported as unknown to the reader."""
+
+
+def statement(run: Run) -> str:
+    """Say in words what left the sites and what did not."""
+    kinds = [kind for kind in KINDS if any(kind in site.sent for site in run.sites)]
+    unknown = sorted({kind for site in run.sites for kind in site.sent} - set(KINDS))
+    if not kinds and not unknown:
+        return "The sites kept no ledger of what they sent, so that this report cannot say what left them."
+    whose = "site's own ledger lists" if len(run.sites) == 1 else "sites' own ledgers list"
+    if unknown:
+        return (
+            f"The {whose} kinds of messages that this report does not know ({', '.join(unknown)}); whether they held "
+            "sequences or embeddings cannot be said here. Ask who wrote the job."
+        )
+    listed = " and ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
+    mapped = (
+        " The map was on: two coordinates of each mapped protein did leave, without its name."
+        if "coordinates" in kinds
+        else ""
+    )
+    return (
+        f"No sequence and no embedding left a site: the {whose} {listed}, and nothing else.{mapped} Weights, sums and "
+        "counts are computed from the proteins, so that they do tell something about a site as a whole."
+    )
+
+
+def kinds_sent(run: Run) -> list[tuple[str, str]]:
+    """Return each kind of message that left a site, and what such a message holds."""
+    sent = {kind for site in run.sites for kind in site.sent}
+    known = [(kind, holds) for kind, holds in KINDS.items() if kind in sent]
+    return known + [(kind, "not known to this report") for kind in sorted(sent - set(KINDS))]
+
+
+def ledger_table(run: Run) -> Table:
+    """Return messages and bytes by site and kind."""
+    rows = []
+    for site in run.sites:
+        for kind, traffic in sorted(site.sent.items(), key=lambda item: -item[1].bytes):
+            rows.append(
+                [
+                    site.party,
+                    kind,
+                    f"{traffic.messages:,}",
+                    f"{traffic.bytes:,}",
+                    bytes_words(traffic.bytes),
+                ]
+            )
+        messages = sum(traffic.messages for traffic in site.sent.values())
+        total = sum(traffic.bytes for traffic in site.sent.values())
+        rows.append([site.party, "all kinds", f"{messages:,}", f"{total:,}", bytes_words(total)])
+    return Table("What left each site", ["Site", "Kind", "Messages", "Bytes", "That is"], rows)
