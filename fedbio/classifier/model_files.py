@@ -1,9 +1,9 @@
 """Keep a trained classifier in a folder: ``model.safetensors``, and ``model.json``, which says how to use it.
 
 Format ``fedbio-classifier`` version 1. ``model.safetensors`` holds ``layers.I.weight`` (out, in) and ``layers.I.bias``
-(out,) for each layer, and ``standardizer.mean`` and ``standardizer.scale`` (D,), all float32. ``model.json`` is a `ModelCard`.
-To predict: embed with the card's encoder, subtract the mean and divide by the scale, apply the layers with ReLU
-between them, and take the softmax; output I is class I of the card.
+(out,) for each layer, and ``standardizer.mean`` and ``standardizer.scale`` (D,), all float32. ``model.json`` is a
+`ModelCard`. To predict: embed with the card's encoder, subtract the mean and divide by the scale, apply the layers with
+ReLU between them, and take the softmax; output I is class I of the card.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from fedbio import __version__
 from fedbio.classifier.architecture import Parameters, check_parameters, format_hidden
-from fedbio.classifier.inference import predict
 from fedbio.classifier.standardize import Standardizer
 from fedbio.classifier.unsure import is_unsure
 from fedbio.errors import DataError, FormatError
@@ -92,6 +91,9 @@ class Model:
 
     def predict(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the probability of each class, shape (n, C), for embeddings as the encoder made them, shape (n, D)."""
+        # imported here: who only keeps model files, such as a federation's server, needs no torch
+        from fedbio.classifier.inference import predict
+
         return predict(self.parameters, self.standardizer.apply(embeddings))
 
     def is_unsure(self, probabilities: NDArray[np.float32]) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""A site's predictions: one part per model, so that a run done again replaces its own rows, and all parts as one file."""
+"""A site's predictions: one part per model, so that a run done again replaces its own rows; all parts make one file."""
 
 from __future__ import annotations
 

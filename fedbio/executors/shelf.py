@@ -41,8 +41,8 @@ class Shelf:
         """Return the site's data as they are."""
         if not context.embeddings.exists():
             raise DataError(
-                f"{context.embeddings}: the proteins of {context.site} are not embedded yet; run a job with workflow: embed "
-                "before this one"
+                f"{context.embeddings}: the proteins of {context.site} are not embedded yet; "
+                "run a job with workflow: embed before this one"
             )
         key = (study, context.embeddings.stat().st_mtime_ns)
         if self._data is None or self._key != key:

@@ -62,7 +62,7 @@ def abstains(count: int, study: Study, task: str, context: SiteContext) -> bool:
         "too few training proteins, this site abstains task=%s proteins=%d least=%d", task, count, study.min_proteins
     )
     context.remark(
-        f"{context.site} has {count} training proteins, fewer than {study.min_proteins}, and abstains: a sum over so few "
-        "would give single embeddings away."
+        f"{context.site} has {count} training proteins, fewer than {study.min_proteins}, and abstains: "
+        "a sum over so few would give single embeddings away."
     )
     return True

@@ -125,8 +125,7 @@ class TrainAlone(Executor):
             seed=spec.seed,
         )
         test = try_on_test(outcome.parameters, data, spec, context.site, context)
-        curve = [tuple(point) for point in outcome.curve]
-        return FLModel(meta=meta(Alone(outcome.best_round, curve, test)))
+        return FLModel(meta=meta(Alone(outcome.best_round, [*outcome.curve], test)))
 
 
 class Evaluate(Executor):

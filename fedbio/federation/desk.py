@@ -115,14 +115,18 @@ class Desk:
         with self._changed:
             open_task = self._open.get(result.task)
             if open_task is None:
-                return self._refuse(result, "its task is not open")
+                self._refuse(result, "its task is not open")
+                return
+            known = result.site in open_task.results or result.site in open_task.lost
             if result.site not in open_task.pending:
-                known = result.site in open_task.results or result.site in open_task.lost
-                return self._refuse(result, "it has answered already" if known else "it was not asked")
+                self._refuse(result, "it has answered already" if known else "it was not asked")
+                return
+        # outside the lock: it looks at every number
         problem = open_task.expected.problem(result)
         with self._changed:
             if result.site not in open_task.pending:
-                return self._refuse(result, "it has answered already")
+                self._refuse(result, "it has answered already")
+                return
             open_task.pending.discard(result.site)
             if problem is not None:
                 open_task.lost[result.site] = f"its result was refused: {problem}"
@@ -189,8 +193,8 @@ class Desk:
                 return here
             if now - began >= deadline_s and enough_since is None:
                 raise FederationError(
-                    f"job {job}: {len(here)} of {len(self.expected)} sites are here after {deadline_s:.0f} s, {least} are "
-                    f"needed; missing: {missing}; start them, or lower federation.min_sites"
+                    f"job {job}: {len(here)} of {len(self.expected)} sites are here after {deadline_s:.0f} s, "
+                    f"{least} are needed; missing: {missing}; start them, or lower federation.min_sites"
                 )
             if now - said >= SAY_EVERY_S:
                 said = now
@@ -249,16 +253,17 @@ class Desk:
                 if self._bug is not None:
                     raise self._bug
                 now = time.monotonic()
-                if now - began >= deadline_s or len(open_task.results) + len(open_task.pending) < min_responses:
+                left = began + deadline_s - now
+                if left <= 0 or len(open_task.results) + len(open_task.pending) < min_responses:
                     return
                 gone = [site for site in sorted(open_task.pending) if not self._sites[site].here]
                 if gone and now - said >= SAY_EVERY_S:
                     said = now
                     log.info(
                         "waiting for sites that are gone task=%s round=%d missing=%s seconds_left=%.0f",
-                        open_task.task.name, open_task.task.model.current_round, ",".join(gone), deadline_s - (now - began),
+                        open_task.task.name, open_task.task.model.current_round, ",".join(gone), left,
                     )  # fmt: skip
-                self._changed.wait(min(deadline_s - (now - began), 1.0))
+                self._changed.wait(min(left, 1.0))
 
     def _why_missing(self, open_task: _OpenTask) -> Mapping[str, str]:
         with self._changed:

@@ -254,7 +254,8 @@ class Server:
         self._tell_all(messages.END)
         deadline = time.monotonic() + GOODBYE_S
         known = set(self._state.known_sites())
-        while known - self._left and time.monotonic() < deadline:
+        # a site says goodbye and hangs up; to hang up first would look like a break to it
+        while (known - self._left or self._endpoint.peers()) and time.monotonic() < deadline:
             time.sleep(0.02)
         if missing := sorted(known - self._left):
             log.warning("sites did not say goodbye sites=%s", ",".join(missing))

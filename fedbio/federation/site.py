@@ -1,4 +1,4 @@
-"""The site's run time: dial out, take the tasks that the policy allows, answer each once, and account for what leaves."""
+"""The site's run time: dial out, take the tasks that its policy allows, answer each once, account for what leaves."""
 
 from __future__ import annotations
 
@@ -114,9 +114,8 @@ class Site:
         FederationError
             If the server gives up, with its reason; or the error of this site's own task, if that was the reason.
         """
-        with (
-            Party.open(self.workspace, self.kit.party, "site") as party,
-            SiteEndpoint(
+        with Party.open(self.workspace, self.kit.party, "site") as party:
+            with SiteEndpoint(
                 self.server or self.kit.server,
                 self.credentials,
                 spool=self.workspace / "spool",
@@ -124,16 +123,15 @@ class Site:
                 on_connection=self._on_connection,
                 connect_deadline_s=self.connect_deadline_s,
                 driver=self.driver,
-            ) as endpoint,
-        ):
-            self._begin(party, endpoint)
-            if self.prepare is not None:
-                self.prepare()
-            while self._handle(self._next()):
-                pass
-            self._send(messages.BYE, b"", None, "control")
+            ) as endpoint:
+                self._begin(party, endpoint)
+                if self.prepare is not None:
+                    self.prepare()
+                while self._handle(self._next()):
+                    pass
+                self._send(messages.BYE, b"", None, "control")
             party.finish(LIBRARIES)
-            log.info("done, everything this site keeps is in %s", self.workspace)
+        log.info("done, everything this site keeps is in %s", self.workspace)
 
     def _begin(self, party: Party, endpoint: SiteEndpoint) -> None:
         self._party, self._endpoint = party, endpoint

@@ -30,8 +30,8 @@ create table jobs (name text primary key, digest text, started text, finished te
 create table notes (job text, key text, value blob, primary key (job, key));
 create table runs (job text, run text, round integer, best_round integer, best_value real, finished integer,
                    primary key (job, run));
-create table metrics (job text, party text, model text, split text, seed integer, round integer, metric text, value real,
-                      primary key (job, party, model, split, seed, round, metric));
+create table metrics (job text, party text, model text, split text, seed integer, round integer, metric text,
+                      value real, primary key (job, party, model, split, seed, round, metric));
 """
 
 T = TypeVar("T")
@@ -146,10 +146,10 @@ class State:
 
     def progress(self, job: str, run: str) -> Progress | None:
         """Return how far a run has come, or None if it has not begun."""
-        rows = self._read(
-            "select round, best_round, best_value, finished from runs where job = ? and run = ?", job, run
-        )
-        return Progress(*rows[0][:3], finished=bool(rows[0][3])) if rows else None
+        statement = "select round, best_round, best_value, finished from runs where job = ? and run = ?"
+        for number, best_round, best_value, finished in self._read(statement, job, run):
+            return Progress(number, best_round, best_value, bool(finished))
+        return None
 
     def save(self, job: str, run: str, progress: Progress, parameters: Parameters | None = None) -> None:
         """Save a round: the model of `progress.round`, if it is new, then the row, then remove older models."""

@@ -62,7 +62,6 @@ class Process:
             preexec_fn=_die_with_parent,
         )
         assert self.popen.stdout is not None
-        os.set_blocking(self.popen.stdout.fileno(), False)
         return self.popen.stdout
 
     @property
@@ -72,9 +71,8 @@ class Process:
 
     def relay(self, output: IO[bytes], stream: TextIO) -> bool:
         """Pass on the whole lines that have come; return False at the end of the output."""
-        chunk = output.read(65_536)
-        if chunk is None:
-            return True
+        # not `output.read`, which would wait for the whole of what it was asked for
+        chunk = os.read(output.fileno(), 65_536)
         lines = (self._rest + chunk).split(b"\n")
         self._rest = lines.pop() if chunk else b""
         with open(self.log, "ab") as log:

@@ -1,4 +1,4 @@
-"""The study: every site trains alone, all sites train together, for every classifier and seed; then the best is published."""
+"""The study: for every classifier and seed, all sites train together and each alone; then the best is published."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ class Classify(Controller):
                 ours, theirs = getattr(first, field), getattr(info, field)
                 if ours != theirs and field != "dtype":
                     raise FederationError(
-                        f"job {self.job}: embeddings differ in {field}: {first_site} has {ours!r}, {site} has {theirs!r}; "
-                        "embed again with one encoder"
+                        f"job {self.job}: embeddings differ in {field}: {first_site} has {ours!r}, "
+                        f"{site} has {theirs!r}; embed again with one encoder"
                     )
         return first
 
@@ -137,7 +137,7 @@ class Classify(Controller):
         )  # fmt: skip
 
     def initialize(self, spec: RunSpec) -> Parameters:
-        """Have the first site draw the initial parameters: the server has no torch, and any site draws the same bits."""
+        """Have the first site draw the initial parameters; any other would draw the same bits."""
         manifest = model_manifest(self.encoder.width, spec.hidden, len(self.study.classes))
         result = self.send("initialize", self.task(spec), expect=manifest)
         # copied: what a result carries is mapped from its spool file

@@ -15,7 +15,7 @@ from fedbio.federation.model import FLModel, Parameters
 from fedbio.federation.workflows.study import MEAN, SCALE, Study, meta
 
 CONSTANT = 1e-5
-"""A feature whose standard deviation is below this share of its size is constant, but for rounding, and divided by 1."""
+"""A feature whose standard deviation is below this share of its size is constant, but for rounding."""
 
 
 def federated_sums(

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -192,7 +193,7 @@ def model_manifest(width: int, hidden: str, classes: int) -> Manifest:
     """Return names, shapes and dtypes of a classifier's parameters."""
     widths = (width, *parse_hidden(hidden), classes)
     shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
-    for number, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         shapes[f"layers.{number}.weight"] = ((outputs, inputs), np.dtype(np.float32))
         shapes[f"layers.{number}.bias"] = ((outputs,), np.dtype(np.float32))
     return shapes
