@@ -68,9 +68,7 @@ def provision(settings: FederationFile, out: str | os.PathLike[str]) -> list[Pat
 
 def _authority(federation: str, folder: Path) -> _Identity:
     """Return the authority in `folder`, made now if there is none."""
-    subject = x509.Name(
-        [x509.NameAttribute(NameOID.ORGANIZATION_NAME, federation), x509.NameAttribute(NameOID.COMMON_NAME, "fedbio CA")]
-    )
+    subject = _subject(federation, "fedbio CA")
     if (folder / "ca.pem").exists():
         certificate = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
         key = serialization.load_pem_private_key((folder / "private.key").read_bytes(), password=None)
@@ -96,12 +94,7 @@ def _make_kit(kit: Path, name: str, settings: FederationFile, authority: _Identi
     """Write one party's kit; ``kit.yaml`` comes last, so that a kit with one is whole."""
     is_server = name == settings.server.name
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, settings.federation),
-            x509.NameAttribute(NameOID.COMMON_NAME, name),
-        ]
-    )
+    subject = _subject(settings.federation, name)
     # a site's certificate is no server's: no site can play the server for another
     purpose = ExtendedKeyUsageOID.SERVER_AUTH if is_server else ExtendedKeyUsageOID.CLIENT_AUTH
     builder = (
@@ -146,6 +139,11 @@ def _server_names(settings: FederationFile) -> list[x509.GeneralName]:
     return names
 
 
+def _subject(federation: str, name: str) -> x509.Name:
+    attributes = {NameOID.ORGANIZATION_NAME: federation, NameOID.COMMON_NAME: name}
+    return x509.Name([x509.NameAttribute(oid, value) for oid, value in attributes.items()])
+
+
 def _builder(
     subject: x509.Name,
     issuer: x509.Name,
@@ -184,9 +182,6 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     """Write a private key that nobody but its owner can read at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    with whole_file(path) as beside:
-        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(pem)
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    with whole_file(path) as beside, open(os.open(beside, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        file.write(pem)

@@ -39,7 +39,9 @@ def check_matches(tensors: Tensors, expected: Tensors | Manifest, *, source: str
         Naming source and tensor, what was found and what was expected.
     """
     prefix = f"{source}: " if source else ""
-    wanted = {name: (each.shape, each.dtype) if isinstance(each, np.ndarray) else each for name, each in expected.items()}
+    wanted = {
+        name: (each.shape, each.dtype) if isinstance(each, np.ndarray) else each for name, each in expected.items()
+    }
     for kind, names in (("missing", wanted.keys() - tensors.keys()), ("unexpected", tensors.keys() - wanted.keys())):
         if names:
             shown = ", ".join(map(repr, sorted(names)[:3]))
@@ -95,7 +97,8 @@ def weighted_mean(models: Sequence[tuple[str, Tensors, float]]) -> dict[str, np.
             raise ProtocolError(f"{name}: tensor {key!r} is not in every model")
         for key, tensor in tensors.items():
             if tensor.shape != first[key].shape:
-                raise ProtocolError(f"{name}: tensor {key!r}: shape {list(tensor.shape)}, expected {list(first[key].shape)}")
+                found, wanted = list(tensor.shape), list(first[key].shape)
+                raise ProtocolError(f"{name}: tensor {key!r}: shape {found}, expected {wanted}")
     mean = {}
     for key, reference in first.items():
         accumulated = np.zeros(reference.shape, np.float64)

@@ -126,14 +126,12 @@ def chunks(
         yield memoryview(gathered)
 
 
-def _pieces(
-    tensors: Mapping[str, np.ndarray[Any, Any]], metadata: Mapping[str, str] | None
-) -> Iterator[memoryview]:
+def _pieces(tensors: Mapping[str, np.ndarray[Any, Any]], metadata: Mapping[str, str] | None) -> Iterator[memoryview]:
     yield memoryview(header(tensors, metadata))
     for tensor in tensors.values():
         if tensor.size:
             plain = np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("<"))
-            yield memoryview(plain.reshape(-1).view(np.uint8))
+            yield plain.reshape(-1).view(np.uint8).data
 
 
 def parse(

@@ -27,7 +27,8 @@ __all__ = [
 ]
 
 from fedbio.transport.credentials import Credentials
-from fedbio.transport.endpoint import ServerEndpoint, SiteEndpoint
 from fedbio.transport.limits import Limits
 from fedbio.transport.payloads import BytesPayload, FilePayload, Payload, ReceivedPayload, TensorPayload
+from fedbio.transport.server import ServerEndpoint
+from fedbio.transport.site import SiteEndpoint
 from fedbio.transport.streams import Received, SendReceipt

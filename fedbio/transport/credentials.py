@@ -37,7 +37,7 @@ class Credentials:
         try:
             return self.ca.read_bytes(), self.certificate.read_bytes(), self.key.read_bytes()
         except OSError as error:
-            raise SettingsError(f"{error.filename}: {error.strerror}; give the folder of a whole start-up kit") from error
+            raise SettingsError(f"{error.filename}: {error.strerror}; give the folder of a start-up kit") from error
 
     def check(self) -> str:
         """Return the party's name, after checking that the certificate is in force, of this authority, and has its key.

@@ -97,7 +97,7 @@ def decode(message: bytes) -> Frame:
         raise ProtocolError(f"frame begins with {bytes(magic)!r}, expected {MAGIC!r}")
     if version != VERSION:
         raise ProtocolError(
-            f"frame of version {version}, this release reads version {VERSION}; use the same fedbio release at both ends"
+            f"frame of version {version}, this release reads version {VERSION}; install the same release at both ends"
         )
     if length > MAX_PAYLOAD_BYTES:
         raise ProtocolError(f"frame declares {length} bytes, at most {MAX_PAYLOAD_BYTES} are allowed")

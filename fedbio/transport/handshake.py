@@ -42,7 +42,7 @@ def greet(connection: Connection, limits: Limits, instance: bytes) -> Welcome:
             raise ProtocolError(f"server {address} answered HELLO with a frame of kind {frame.kind}")
         welcome = unpack(frame.payload, Welcome)
         if welcome.version not in VERSIONS:
-            raise RefusedError(f"server {address} chose protocol version {welcome.version}, not one of {_shown(VERSIONS)}")
+            raise RefusedError(f"server {address} chose protocol version {welcome.version}, not {_shown(VERSIONS)}")
         return welcome
     except BaseException:
         connection.abort()

@@ -48,7 +48,7 @@ class Receiver:
     """The incoming half of a connection.
 
     `take` runs on the thread that reads the connection and only checks and passes on; what may wait for a disk runs on
-    `collectors`, what may wait for anything on `handlers`.
+    collectors, what may wait for anything on handlers.
     """
 
     def __init__(
@@ -56,19 +56,16 @@ class Receiver:
         peer: str,
         limits: Limits,
         spool: Path,
-        *,
         reply: Reply,
         deliver: Callable[[Received], None],
-        collectors: Workers,
-        handlers: Workers,
     ) -> None:
         self.peer = peer
         self._limits = limits
         self._spool = spool
         self._reply = reply
         self._deliver = deliver
-        self._collectors = collectors
-        self._handlers = handlers
+        self._collectors = Workers(f"{peer}-collect", limits.max_messages)
+        self._handlers = Workers(f"{peer}-handle", limits.max_messages)
         self._streams: dict[int, _Incoming] = {}
         self._last_stream = 0
         self._lock = threading.Lock()
@@ -97,11 +94,15 @@ class Receiver:
         """Give up what has not arrived whole."""
         for incoming in list(self._streams.values()):
             incoming.abandon()
+        # what was accepted is still handled
+        self._collectors.close()
+        self._handlers.close()
 
     def _take_message(self, frame: Frame) -> None:
         message = wire.unpack(frame.payload, wire.Message)
         content = message.payload
-        if wire.seal(message.topic, message.body, None if content is None else blake3(content).digest()) != message.digest:
+        digest = None if content is None else blake3(content).digest()
+        if wire.seal(message.topic, message.body, digest) != message.digest:
             raise ProtocolError(f"message {message.topic!r} does not match its digest")
         if not self._enter():
             self._reject(frame.stream, self._busy)
@@ -281,7 +282,7 @@ class _MemoryStore:
         array = np.empty(size, np.uint8)
         # counted as free when the last view of it is gone, on whatever thread that happens
         weakref.finalize(array, freed.append, size)
-        self._view = memoryview(array)
+        self._view = array.data
         self._filled = 0
 
     def write(self, chunk: memoryview) -> None:

@@ -1,4 +1,4 @@
-"""What travels beside a message: bytes, a file or named tensors on the way out; memory or a spool file on the way in."""
+"""What travels beside a message: bytes, a file or tensors on the way out, memory or a spool file on the way in."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Payload(ABC):
             if self._digest is None:
                 for _ in self.digested_chunks():
                     pass
-        assert self._digest is not None  # noqa: S101 (digested_chunks has run to its end)
+        assert self._digest is not None
         return self._digest
 
     def digested_chunks(self) -> Iterator[memoryview]:
@@ -176,5 +176,5 @@ def _open_nameless(folder: Path) -> int:
         return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
     # a file system without nameless files: make one and take its name away
     descriptor, name = tempfile.mkstemp(dir=folder, prefix=".spool-")
-    os.unlink(name)
+    Path(name).unlink()
     return descriptor

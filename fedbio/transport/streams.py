@@ -2,13 +2,15 @@
 
 A message of up to 64 KiB is one MESSAGE frame. A larger one is OPEN, then CHUNK 0, 1, 2, ..., then END with the seal
 over the whole. The receiver grants a window of chunks and adds CREDIT as it takes them in, so that neither end holds
-more than a window; it answers ACCEPTED or REJECTED. Stream numbers belong to the end that opens the stream and only grow.
+more than a window; it answers ACCEPTED or REJECTED. Streams are numbered by the end that opens them, and numbers only
+grow.
 """
 
 from __future__ import annotations
 
 __all__ = ["Received", "SendReceipt", "Streams"]
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +24,6 @@ from fedbio.transport.frames import Frame, Kind, decode, encode
 from fedbio.transport.incoming import Received, Receiver
 from fedbio.transport.limits import MAX_BODY_BYTES, Limits
 from fedbio.transport.payloads import Payload
-from fedbio.transport.workers import Workers
 
 INLINE_BYTES = 64 << 10
 """A message up to this size travels in one frame."""
@@ -88,7 +89,7 @@ class Streams:
     peer_window : int
         Chunks of a stream that the other end takes unasked.
     deliver : callable
-        Called with each message that has arrived whole, on one of `handlers`.
+        Called with each message that has arrived whole, on threads of this connection: no peer waits for another's.
     """
 
     def __init__(
@@ -100,8 +101,6 @@ class Streams:
         limits: Limits,
         spool: Path,
         deliver: Callable[[Received], None],
-        collectors: Workers,
-        handlers: Workers,
     ) -> None:
         self.peer = peer
         self.connection = connection
@@ -112,9 +111,7 @@ class Streams:
         self._last_stream = 0
         self._sign = threading.Event()
         self._reason: str | None = None
-        self._receiver = Receiver(
-            peer, limits, spool, reply=self._reply, deliver=deliver, collectors=collectors, handlers=handlers
-        )
+        self._receiver = Receiver(peer, limits, spool, self._reply, deliver)
 
     def run(self) -> str:
         """Read until the connection ends; return why it ended.
@@ -213,10 +210,8 @@ class Streams:
 
     def _reply(self, kind: Kind, stream: int, content: bytes = b"", sequence: int = 0) -> None:
         """Write a small frame; if the connection has ended, `run` says so."""
-        try:
+        with contextlib.suppress(ConnectionClosed):
             self.connection.write(encode(kind, stream, sequence, content))
-        except ConnectionClosed:
-            pass
 
     def _take(self, frame: Frame) -> None:
         kind = frame.kind

@@ -69,4 +69,4 @@ class Driver(ABC):
 
     @abstractmethod
     def dial(self, address: str, credentials: Credentials, timeout_s: float) -> Connection:
-        """Connect once; raise `RefusedError` if it is pointless to try again, else `ConnectionClosed` with the cause."""
+        """Connect once; raise `RefusedError` if another try is pointless, else `ConnectionClosed` with the cause."""

@@ -6,22 +6,22 @@ __all__ = ["GrpcDriver"]
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, TypeVar
 
 # gRPC reads these at import: its own log repeats on stderr what our errors say, and we never fork
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-import grpc  # noqa: E402
+import grpc
 
-from fedbio.transport.credentials import Credentials  # noqa: E402
-from fedbio.transport.drivers.base import Connection, ConnectionClosed, Driver, Listener  # noqa: E402
-from fedbio.transport.drivers.outbox import Outbox  # noqa: E402
-from fedbio.transport.drivers.tls import diagnose, why_not_bound  # noqa: E402
-from fedbio.transport.frames import MAX_FRAME_BYTES  # noqa: E402
-from fedbio.transport.limits import Limits  # noqa: E402
+from fedbio.transport.credentials import Credentials
+from fedbio.transport.drivers.base import Connection, ConnectionClosed, Driver, Listener
+from fedbio.transport.drivers.outbox import Outbox
+from fedbio.transport.drivers.tls import diagnose, why_not_bound
+from fedbio.transport.frames import MAX_FRAME_BYTES
+from fedbio.transport.limits import Limits
 
 PATH = "/fedbio.Transport/Exchange"
 
@@ -31,6 +31,8 @@ OPTIONS = [
     # a compressed message could be far larger than it looks
     ("grpc.compression_enabled_algorithms_bitset", 1),
 ]
+
+T = TypeVar("T")
 
 CLOSE_GRACE_S = 1.0
 """Seconds that frames already written have to leave when a connection or a listener closes."""
@@ -54,7 +56,9 @@ class _GrpcConnection(Connection):
         except StopIteration:
             reason = "closed by the peer"
         except grpc.RpcError as error:
-            reason = _details(error) or "the connection broke"
+            # the dialling end's errors are calls with details, the listening end's are bare
+            details = getattr(error, "details", None)
+            reason = (details and details()) or "the connection broke"
         self._outbox.close(reason, drop=True)
         raise ConnectionClosed(self._outbox.reason)
 
@@ -71,10 +75,6 @@ class _GrpcConnection(Connection):
     def abort(self) -> None:
         self._outbox.close("closed here", drop=True)
         self._cancel()
-
-
-def _details(error: grpc.RpcError) -> str | None:
-    return error.details() if isinstance(error, grpc.Call) else None
 
 
 class _ClientConnection(_GrpcConnection):
@@ -96,10 +96,8 @@ class _GrpcListener(Listener):
     def __init__(self, address: str, credentials: Credentials, limits: Limits) -> None:
         self._on_connection: Callable[[Connection], None]
         ca, certificate, key = credentials.read()
-        # each connection keeps one thread of the pool, which sends its frames
-        self._pool = futures.ThreadPoolExecutor(limits.max_peers, thread_name_prefix="fedbio-grpc")
         self._server = grpc.server(
-            self._pool,
+            _ThreadPerConnection(),
             handlers=[_Service(self._accept)],
             options=[
                 *OPTIONS,
@@ -123,10 +121,9 @@ class _GrpcListener(Listener):
 
     def close(self) -> None:
         self._server.stop(CLOSE_GRACE_S).wait(2 * CLOSE_GRACE_S)
-        self._pool.shutdown(wait=False)
 
     def _accept(self, incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        names = context.auth_context().get("x509_common_name", ())
+        names: Sequence[bytes] = context.auth_context().get("x509_common_name", ())  # type: ignore[assignment]
         if len(names) != 1:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "the certificate must name one party")
         outbox = Outbox()
@@ -138,13 +135,35 @@ class _GrpcListener(Listener):
         return iter(outbox.take, None)
 
 
-class _Service(grpc.GenericRpcHandler):
+class _ThreadPerConnection(futures.ThreadPoolExecutor):
+    """A thread for each connection, which sends its frames; how many there may be is the server's limit.
+
+    The standard pool would be waited for when the interpreter ends, and hold up a process that forgot to close.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(max_workers=1)  # its own queue and threads stay unused
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> futures.Future[T]:
+        future: futures.Future[T] = futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="fedbio-grpc-send", daemon=True).start()
+        return future
+
+
+class _Service(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     """The one method, on bytes as they are."""
 
     def __init__(self, accept: Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]) -> None:
         self._handler = grpc.stream_stream_rpc_method_handler(accept)
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
         return self._handler if handler_call_details.method == PATH else None
 
 
@@ -168,7 +187,7 @@ class GrpcDriver(Driver):
             ],
         )
         outbox = Outbox()
-        call = channel.stream_stream(PATH)(iter(outbox.take, None))
+        call: Any = channel.stream_stream(PATH, None, None)(iter(outbox.take, None))
         timer = threading.Timer(timeout_s, call.cancel)
         timer.daemon = True
         timer.start()

@@ -59,7 +59,7 @@ def diagnose(address: str, credentials: Credentials, timeout_s: float) -> str | 
         ):
             # with TLS 1.3 the server's verdict on our certificate arrives after our handshake
             if not secure.recv(1):
-                raise RefusedError(f"server {address} closed the connection on seeing {credentials.certificate}; {REMEDY}")
+                raise RefusedError(f"server {address} hung up on seeing {credentials.certificate}; {REMEDY}")
     except ssl.SSLCertVerificationError as error:
         fault = _THEIRS.get(error.verify_code, f"was not accepted ({error.verify_message})")
         raise RefusedError(
@@ -68,10 +68,8 @@ def diagnose(address: str, credentials: Credentials, timeout_s: float) -> str | 
     except ssl.SSLError as error:
         for alert, fault in _OURS.items():
             if alert in (error.reason or ""):
-                raise RefusedError(
-                    f"server {address} refused {credentials.certificate}: {fault}; {REMEDY}"
-                ) from error
-        return f"no TLS there ({(error.reason or str(error)).lower().replace('_', ' ')}); is this the federation's port?"
+                raise RefusedError(f"server {address} refused {credentials.certificate}: {fault}; {REMEDY}") from error
+        return f"no TLS there: {(error.reason or str(error)).lower().replace('_', ' ')}"
     except socket.gaierror:
         return f"host name {host!r} is not known"
     except TimeoutError:
@@ -91,7 +89,7 @@ def why_not_bound(host: str, port: int) -> FedbioError:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             return MachineError(
-                f"port {port} is in use on this machine; stop the other program (ss -ltnp shows it) or choose another port"
+                f"port {port} is in use here; stop the other program (ss -ltnp shows it) or use another port"
             )
         return MachineError(f"{host}:{port} cannot be listened on ({error.strerror}); check the address")
     return MachineError(f"{host}:{port} cannot be listened on; check the address")
