@@ -76,20 +76,23 @@ def layer_widths(parameters: Mapping[str, NDArray[np.float32]]) -> tuple[int, ..
     DataError
         If these are not the float32 parameters of an MLP; the message names the tensor.
     """
+    if not parameters or len(parameters) % 2:
+        raise DataError(f"expected a weight and a bias for each layer of an MLP, found {_listed(parameters)}")
     widths: list[int] = []
-    for layer in range(max(len(parameters) // 2, 1)):
+    for layer in range(len(parameters) // 2):
         weight, bias = (parameters.get(f"layers.{layer}.{part}") for part in ("weight", "bias"))
         if weight is None or bias is None:
-            raise DataError(f"the parameters of an MLP lack layers.{layer}, found {', '.join(parameters) or 'nothing'}")
-        if weight.ndim != 2 or bias.shape != weight.shape[:1] or (widths and weight.shape[1] != widths[-1]):
-            raise DataError(f"layers.{layer}: shapes {weight.shape} and {bias.shape} do not fit the layer before")
+            raise DataError(f"layers.{layer} of an MLP is missing, found {_listed(parameters)}")
         if weight.dtype != np.float32 or bias.dtype != np.float32:
             raise DataError(f"layers.{layer}: expected float32, found {weight.dtype} and {bias.dtype}")
-        widths += weight.shape[:0:-1] if not widths else ()
-        widths.append(weight.shape[0])
-    if len(parameters) % 2:
-        raise DataError(f"an odd number of tensors is no MLP: {', '.join(parameters)}")
+        if weight.ndim != 2 or bias.shape != weight.shape[:1] or (widths and weight.shape[1] != widths[-1]):
+            raise DataError(f"layers.{layer}: shapes {weight.shape} and {bias.shape} do not fit the layer before")
+        widths += weight.shape[:1] if widths else weight.shape[::-1]
     return tuple(widths)
+
+
+def _listed(parameters: Mapping[str, NDArray[np.float32]]) -> str:
+    return ", ".join(parameters) or "nothing"
 
 
 def check_parameters(
