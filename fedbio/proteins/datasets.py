@@ -9,7 +9,7 @@ is given a folder and returns the path of a file there, in any form that `fedbio
     def fetch(folder: Path) -> Path:
         \"\"\"Two proteins of our laboratory.\"\"\"
         path = folder / "lab.fasta"
-        path.write_text(">P1 TARGET=Nucleus SET=train\\\\nMKRKRPAS\\\\n>P2 TARGET=Plastid SET=test\\\\nMASSTV\\\\n")
+        path.write_text(">P1 TARGET=Nucleus SET=train\\nMKRKRPAS\\n>P2 TARGET=Plastid SET=test\\nMASSTV\\n")
         return path
 
     # pyproject.toml
@@ -164,6 +164,13 @@ def _broken(folder: Path, *, origin: str, error: Exception) -> Path:
 def fetch(name: str, folder: Path) -> Path:
     """Put a data set by name into `folder`, unless it is there.
 
+    Parameters
+    ----------
+    name : str
+        One of `known_datasets`.
+    folder : Path
+        Made if it is missing.
+
     Returns
     -------
     Path
@@ -205,7 +212,5 @@ def resolve(dataset: str, *, folder: Path = Path("data")) -> Path:
         raise DataError(f"{dataset}: no such file; check the path, or see 'fedbio data list' for known names")
     found = fetch(dataset, folder)
     if found.is_dir():
-        raise DataError(
-            f"{dataset}: a collection; name one of its files: {', '.join(sorted(file.stem for file in found.glob('*.csv')))}"
-        )
+        raise DataError(f"{dataset}: a collection; name one of its parts, see 'fedbio data list'")
     return found

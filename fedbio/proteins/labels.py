@@ -1,7 +1,7 @@
 """Turn a location as people write it into one of the ten compartments, or say which one was meant.
 
 A label is accepted in any case, with ``_`` for a blank (the spelling of FLIP's FASTA files), and by the synonyms of
-`SYNONYMS`; every respelling is counted by the reader. Anything else is refused, with the nearest known label.
+`SYNONYMS`; the reader counts every respelling but the ``_``. Anything else is refused, with the nearest known label.
 """
 
 from __future__ import annotations

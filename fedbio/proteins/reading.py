@@ -256,7 +256,7 @@ def _check_target(target: str | None, counts: ReadCounts, classes: Sequence[str]
                 "keep the proteins with one, or pass --skip-invalid to leave the others out",
             )
         raise _WrongRecordError("unknown label", unknown_label(target, classes))
-    if label != target:
+    if label != target.replace("_", " "):
         counts.accepted[f"label {target!r} read as {label!r}"] += 1
     return label
 

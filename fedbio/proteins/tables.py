@@ -52,7 +52,7 @@ def table_records(
     for index, (number, row) in enumerate(rows):
         yield Record(
             number,
-            (cell(row, "id") or "") if "id" in columns else f"Sequence{index}",
+            (cell(row, "id") or "") if "id" in columns else _numbered(index),
             cell(row, "sequence") or "",
             cell(row, "target"),
             cell(row, "set"),
@@ -66,19 +66,26 @@ def read_column(path: str | os.PathLike[str], column: str) -> dict[str, str]:
     Raises
     ------
     DataError
-        If the table lacks ``id`` or `column`; the message lists its columns.
+        If the table lacks `column`; the message lists its columns.
     """
     rows = _rows(read_lines(path, ReadCounts()), path)
     _, header = next(rows)
-    names = [name.strip() for name in header]
-    lower = [name.lower() for name in names]
-    if "id" not in lower or column.lower() not in lower:
+    names = [name.strip().lower() for name in header]
+    if column.lower() not in names:
         raise DataError(
-            f"{path}:1: needs the columns 'id' and {column!r}, found {', '.join(map(repr, names))}; "
-            "name another column or another table"
+            f"{path}:1: no column {column!r} among {', '.join(map(repr, header))}; name another column or another table"
         )
-    key, value = lower.index("id"), lower.index(column.lower())
-    return {row[key].strip(): row[value].strip() for _, row in rows if row[value].strip()}
+    value = names.index(column.lower())
+    key = names.index("id") if "id" in names else None
+    return {
+        _numbered(index) if key is None else row[key].strip(): row[value].strip()
+        for index, (_, row) in enumerate(rows)
+        if row[value].strip()
+    }
+
+
+def _numbered(index: int) -> str:
+    return f"Sequence{index}"
 
 
 def _rows(lines: Iterator[Line], path: str | os.PathLike[str]) -> Iterator[tuple[int, list[str]]]:
