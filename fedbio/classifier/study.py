@@ -236,7 +236,7 @@ def _versions() -> dict[str, str]:
         "fedbio": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
 
 
