@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedbio.report import Run, collect
+from fedbio.report import Run, collect, study, write_page
 from fedbio.results import (
     CENTRAL,
     FEDERATED,
@@ -229,6 +229,12 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("whole") / "demo"
     InventedRun(folder)
     return collect(folder)
+
+
+@pytest.fixture(scope="session")
+def whole_page(whole_run: Run) -> Path:
+    """The report of the whole run."""
+    return write_page(study(whole_run), whole_run.folder / "report.html")
 
 
 @pytest.fixture
