@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["SYNONYMS", "check_labels", "find_label", "suggest_label"]
 
 import difflib
+import functools
 from collections.abc import Iterable, Sequence
 
 from fedbio.errors import DataError
@@ -46,8 +47,11 @@ def find_label(text: str, classes: Sequence[str] = COMPARTMENTS) -> str | None:
     >>> find_label("Cell_membrane"), find_label("cytosol"), find_label("Nucleuss")
     ('Cell membrane', 'Cytoplasm', None)
     """
-    if text in classes:
-        return text
+    return text if text in classes else _respelled(text, tuple(classes))
+
+
+@functools.lru_cache(maxsize=1024)
+def _respelled(text: str, classes: tuple[str, ...]) -> str | None:
     plain = _plain(text)
     by_plain = {_plain(name): name for name in classes}
     synonym = SYNONYMS.get(plain)

@@ -188,7 +188,7 @@ def _check(record: Record, counts: ReadCounts, classes: Sequence[str]) -> Protei
         raise _WrongRecordError(
             "no id", "has no id; put a name after '>' without a blank between, or fill the id column"
         )
-    if not record.id.isprintable() or any(character.isspace() for character in record.id):
+    if not record.id.isprintable() or " " in record.id:
         raise _WrongRecordError(
             "blank or control character in the id", "the id holds a blank or a control character; rename it"
         )
