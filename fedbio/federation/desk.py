@@ -266,14 +266,15 @@ class Desk:
                 self._changed.wait(min(left, 1.0))
 
     def _why_missing(self, open_task: _OpenTask) -> Mapping[str, str]:
+        """Return who has not given a result and why; those who failed come before those who are only late."""
         with self._changed:
             silent = {
-                site: "has not answered before the deadline"
+                site: "has not answered"
                 if self._sites[site].here
                 else f"is gone since {time.monotonic() - self._sites[site].since:.0f} s"
-                for site in open_task.pending
+                for site in sorted(open_task.pending)
             }
-            return dict(sorted({**open_task.lost, **silent}.items()))
+            return {**dict(sorted(open_task.lost.items())), **silent}
 
     def _is_here(self, site: str) -> bool:
         with self._changed:

@@ -67,6 +67,13 @@ class Server:
     incoming: Chain = field(default_factory=Chain)
     driver: str = "grpc"
 
+    def __post_init__(self) -> None:
+        # a site's messages may come before all is set up; they wait for it
+        self._ready = threading.Event()
+        self._over = False
+        self._closed = False
+        self._left: set[str] = set()
+
     def run(self, *, more_jobs: Callable[[], JobsFile] | None = None) -> None:
         """Run all jobs and tell the sites that there is nothing left to do.
 
@@ -100,20 +107,16 @@ class Server:
                 while more_jobs is not None:
                     self._take(more_jobs())
                     self._run_jobs()
+                self._say_goodbye()
+                party.finish(LIBRARIES)
             except FedbioError as error:
                 self._tell_all(messages.ABORT, Abort(str(error)))
                 party.events.write("aborted", reason=str(error))
                 raise
-            self._say_goodbye()
-            party.finish(LIBRARIES)
-            self._desk.close()
-            self._state.close()
-
-    # a site's messages may come before `_begin` has run to its end; they wait for it
-    def __post_init__(self) -> None:
-        self._ready = threading.Event()
-        self._over = False
-        self._left: set[str] = set()
+            finally:
+                self._closed = True
+                self._desk.close()
+                self._state.close()
 
     def _begin(self, party: Party, endpoint: ServerEndpoint) -> None:
         self._party, self._endpoint = party, endpoint
@@ -179,11 +182,13 @@ class Server:
 
     def _on_peer(self, site: str, here: bool) -> None:
         self._ready.wait()
-        if not here:
+        if not here and not self._closed:
             self._desk.gone(site)
 
     def _on_message(self, received: Received) -> None:
         self._ready.wait()
+        if self._closed:
+            return
         site = received.peer
         try:
             if received.topic == messages.RESULT:

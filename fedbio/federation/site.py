@@ -100,6 +100,7 @@ class Site:
         self._ready = threading.Event()
         self._lock = threading.Lock()
         self._taken: set[str] = set()
+        self._over = False
         self._answer: _Answer | None = None
         self._failure: FedbioError | None = None
         self._saved = 0.0
@@ -125,13 +126,19 @@ class Site:
                 driver=self.driver,
             ) as endpoint:
                 self._begin(party, endpoint)
-                if self.prepare is not None:
-                    self.prepare()
-                while self._handle(self._next()):
-                    pass
-                self._send(messages.BYE, b"", None, "control")
+                try:
+                    self._work()
+                finally:
+                    self._over = True
             party.finish(LIBRARIES)
         log.info("done, everything this site keeps is in %s", self.workspace)
+
+    def _work(self) -> None:
+        if self.prepare is not None:
+            self.prepare()
+        while self._handle(self._next()):
+            pass
+        self._send(messages.BYE, b"", None, "control")
 
     def _begin(self, party: Party, endpoint: SiteEndpoint) -> None:
         self._party, self._endpoint = party, endpoint
@@ -154,6 +161,8 @@ class Site:
 
     def _on_connection(self, here: bool) -> None:
         self._ready.wait()
+        if self._over:
+            return
         self._party.events.write("server connected" if here else "server lost")
         if here:
             join = Join(version=__version__, jobs=tuple(self.jobs), allow=tuple(self.allow))
@@ -165,6 +174,8 @@ class Site:
 
     def _on_message(self, received: Received) -> None:
         self._ready.wait()
+        if self._over:
+            return None
         if received.topic != messages.TASK:
             return self._inbox.put(received)
         try:
