@@ -15,7 +15,6 @@ model                file
 from __future__ import annotations
 
 __all__ = [
-    "COMPARTMENTS",
     "FILES",
     "ClassifyJob",
     "EmbedJob",
@@ -45,22 +44,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 from pydantic import AfterValidator, Field
 
+from fedbio.compartments import COMPARTMENTS
 from fedbio.errors import SettingsError
 from fedbio.settings_files import describe_problems, read_yaml, with_overrides
-
-COMPARTMENTS = (
-    "Cell membrane",
-    "Cytoplasm",
-    "Endoplasmic reticulum",
-    "Extracellular",
-    "Golgi apparatus",
-    "Lysosome/Vacuole",
-    "Mitochondrion",
-    "Nucleus",
-    "Peroxisome",
-    "Plastid",
-)
-"""The ten locations of DeepLoc 1.0, in alphabetical order, spelled as in its CSV form."""
 
 
 def parse_hidden(text: str) -> tuple[int, ...]:
@@ -214,6 +200,8 @@ class DemoSettings(_Settings):
     """How many synthetic proteins to write."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the generator."""
+    difficulty: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """From 0, each compartment has a composition of its own, to 1, only the sorting signals differ."""
 
 
 class ReportSettings(_Settings):

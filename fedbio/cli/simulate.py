@@ -45,7 +45,17 @@ def _deal_out(settings: RunSettings, output: Path, data: Path) -> None:
         return
     proteins = str(output / "proteins.fasta")
     if settings.dataset == "demo":
-        _data("demo", "-o", proteins, "--count", settings.demo.proteins, "--seed", settings.demo.seed)
+        _data(
+            "demo",
+            "-o",
+            proteins,
+            "--count",
+            settings.demo.proteins,
+            "--seed",
+            settings.demo.seed,
+            "--difficulty",
+            settings.demo.difficulty,
+        )
     elif Path(settings.dataset).is_file():
         proteins = settings.dataset
     else:

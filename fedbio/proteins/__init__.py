@@ -15,8 +15,9 @@ __all__ = [
     "write_fasta",
 ]
 
+from fedbio.compartments import COMPARTMENTS
 from fedbio.proteins.fasta import write_fasta
 from fedbio.proteins.labels import check_labels
-from fedbio.proteins.protein import COMPARTMENTS, Protein, ReadCounts
+from fedbio.proteins.protein import Protein, ReadCounts
 from fedbio.proteins.reading import read
 from fedbio.proteins.splits import partition, partition_by, partition_iid, sample

@@ -12,8 +12,9 @@ import difflib
 import functools
 from collections.abc import Iterable, Sequence
 
+from fedbio.compartments import COMPARTMENTS
 from fedbio.errors import DataError
-from fedbio.proteins.protein import COMPARTMENTS, Protein
+from fedbio.proteins.protein import Protein
 
 SYNONYMS: dict[str, str] = {
     "cell surface membrane": "Cell membrane",

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["COMPARTMENTS", "Protein", "ReadCounts"]
+__all__ = ["Protein", "ReadCounts"]
 
 from collections import Counter
 from dataclasses import dataclass, field
-
-COMPARTMENTS: tuple[str, ...] = (
-    "Cell membrane",
-    "Cytoplasm",
-    "Endoplasmic reticulum",
-    "Extracellular",
-    "Golgi apparatus",
-    "Lysosome/Vacuole",
-    "Mitochondrion",
-    "Nucleus",
-    "Peroxisome",
-    "Plastid",
-)
-"""The ten locations of DeepLoc (Almagro Armenteros et al. 2017) as its CSV files spell them, in alphabetical order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from fedbio.compartments import COMPARTMENTS
 from fedbio.errors import DataError, FormatError
 from fedbio.proteins.fasta import MAX_RESIDUES, Record, fasta_records
 from fedbio.proteins.labels import find_label, unknown_label
 from fedbio.proteins.lines import Line, read_lines
-from fedbio.proteins.protein import COMPARTMENTS, Protein, ReadCounts
+from fedbio.proteins.protein import Protein, ReadCounts
 from fedbio.proteins.tables import table_records
 
 STANDARD = "ACDEFGHIKLMNPQRSTVWY"

@@ -22,8 +22,10 @@ rule demo_proteins:
     params:
         number=settings.demo.proteins,
         seed=settings.demo.seed,
+        difficulty=settings.demo.difficulty,
     shell:
-        "fedbio data demo -o {output.fasta} --count {params.number} --seed {params.seed} 2>&1 | tee {log}"
+        "fedbio data demo -o {output.fasta} --count {params.number} --seed {params.seed}"
+        " --difficulty {params.difficulty} 2>&1 | tee {log}"
 
 
 rule fetch_proteins:

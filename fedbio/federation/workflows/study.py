@@ -32,10 +32,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbio.compartments import COMPARTMENTS
 from fedbio.errors import ProtocolError
 from fedbio.federation.acceptance import Manifest
 from fedbio.results import ClassCounts, EncoderInfo, MapPoint, Metric
-from fedbio.settings import COMPARTMENTS, parse_hidden
+from fedbio.settings import parse_hidden
 
 MEAN, SCALE = "standardizer.mean", "standardizer.scale"
 """Names of the standardizer's tensors, which travel beside a model's."""
