@@ -66,20 +66,24 @@ def read_fair_esm(path: str | os.PathLike[str]) -> tuple[EncoderConfig, Weights]
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
         raise FormatError(
-            f"{path}: not a checkpoint that can be loaded safely ({str(error).splitlines()[0]}); "
+            f"{path}: not a checkpoint that can be loaded safely ({why}); "
             "give a fair-esm ESM-2, ESM-1b or ESM-1v file, or an encoder folder"
         ) from error
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
         raise FormatError(f"{path}: a torch file, but not a fair-esm checkpoint: it has no 'model' entry")
     name = Path(path).stem
-    if "cfg" in content:
-        config, state = _esm2(content, name)
-    elif getattr(content.get("args"), "arch", None) == "roberta_large":
-        config, state = _esm1b(content, name)
-    else:
-        found = getattr(content.get("args"), "arch", "none")
-        raise FormatError(f"{path}: a fair-esm checkpoint of architecture {found!r}; ESM-2, ESM-1b and ESM-1v are read")
+    arch = getattr(content.get("args"), "arch", None)
+    try:
+        if "cfg" in content:
+            config, state = _esm2(content, name)
+        elif arch == "roberta_large":
+            config, state = _esm1b(content, name)
+        else:
+            raise FormatError(f"{path}: a fair-esm file of architecture {arch!r}; ESM-2, ESM-1b and ESM-1v are read")
+    except KeyError as error:
+        raise FormatError(f"{path}: the checkpoint lacks {error}; was it written completely?") from error
     weights = _rename(state, config, str(path))
     check_shapes(weights, config, where=str(path))
     return config, weights

@@ -1,0 +1,298 @@
+"""Tests of `embed_file` from the proteins' file to the embeddings file, whatever comes between."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedbio.embeddings import Embeddings, EmbeddingsWriter
+from fedbio.encoder import embed_file
+from fedbio.encoder.alphabet import ALPHABETS
+from fedbio.errors import DataError, MachineError, RefusedError
+from fedbio.files import exclusive_lock
+from fedbio.weights import Weights, weights_digest, write_weights
+
+from .conftest import TINY, WriteFasta, slow_encoder
+
+# so little work is slowed down, not sped up, by a second thread on a busy machine
+embed = functools.partial(embed_file, threads=1)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, tiny_weights: Weights) -> Path:
+    write_weights(tmp_path / "tiny", TINY, tiny_weights)
+    return tmp_path / "tiny"
+
+
+def expected_row(weights: Weights, *spans: tuple[str, int, int]) -> np.ndarray:
+    """Mean over the residues from `first` to `last` of each window, by the slow reference."""
+    rows = []
+    for residues, first, last in spans:
+        tokens = np.array([1, *ALPHABETS["esm1nv"].encode(residues), 2])
+        rows.append(slow_encoder(TINY, weights, tokens)[1 + first : 1 + last])
+    return np.concatenate(rows).mean(axis=0)
+
+
+def test_rows_are_the_slow_references_in_the_order_of_the_input(
+    tiny: Path, tiny_weights: Weights, write_fasta: WriteFasta, tmp_path: Path
+) -> None:
+    source = write_fasta([5, 32, 1, 20])
+    report = embed(source, tmp_path / "out.h5", encoder=tiny)
+    assert (report.proteins, report.residues, report.cut, report.windowed, report.reused, report.resumed) == (
+        4, 58, 0, 0, 0, 0,
+    )  # fmt: skip
+    sequences = source.read_text().split("\n")[1::2]
+    with Embeddings.open(tmp_path / "out.h5") as embeddings:
+        assert embeddings.ids == ["p0", "p1", "p2", "p3"]
+        assert embeddings.lengths.tolist() == [5, 32, 1, 20]
+        assert embeddings.info == report.encoder
+        expected = [expected_row(tiny_weights, (residues, 0, len(residues))) for residues in sequences]
+        np.testing.assert_allclose(embeddings.rows(embeddings.ids), expected, rtol=0, atol=2e-6)
+    assert report.encoder.weights_sha256 == weights_digest(tiny_weights)
+    assert (report.encoder.name, report.encoder.dtype, report.encoder.layer) == ("tiny", "float32", 2)
+    assert not (tmp_path / "out.h5.parts").exists()
+
+
+def test_longer_proteins_are_cut_counted_and_logged_once(
+    tiny: Path, tiny_weights: Weights, write_fasta: WriteFasta, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_fasta([33, 32, 50])
+    with caplog.at_level(logging.WARNING):
+        report = embed(source, tmp_path / "out.h5", encoder=tiny, long="cut")
+    assert (report.cut, report.windowed) == (2, 0)
+    assert caplog.messages == ["long proteins cut to 32 residues proteins=2 of=3"]
+    residues = source.read_text().split("\n")[5]
+    with Embeddings.open(tmp_path / "out.h5") as embeddings:
+        assert (embeddings.lengths > embeddings.info.max_residues).tolist() == [True, False, True]
+        row = embeddings.rows(["p2"])[0]
+    np.testing.assert_allclose(row, expected_row(tiny_weights, (residues[:32], 0, 32)), rtol=0, atol=2e-6)
+
+
+def test_windows_average_every_residue_once(
+    tiny: Path, tiny_weights: Weights, write_fasta: WriteFasta, tmp_path: Path
+) -> None:
+    source = write_fasta([50, 10])
+    report = embed(source, tmp_path / "out.h5", encoder=tiny, long="window")
+    assert (report.cut, report.windowed) == (0, 1)
+    residues = source.read_text().split("\n")[1]
+    with Embeddings.open(tmp_path / "out.h5") as embeddings:
+        row = embeddings.rows(["p0"])[0]
+    # windows 0-32 and 18-50; they meet in the middle of what they share, at residue 25
+    expected = expected_row(tiny_weights, (residues[:32], 0, 25), (residues[18:], 7, 32))
+    np.testing.assert_allclose(row, expected, rtol=0, atol=2e-6)
+
+
+def test_equal_sequences_are_computed_once_and_j_is_x(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.fasta").write_text(">a\nMKJV\n>b\nMKXV\n>c\nMKJV\n")
+    report = embed(tmp_path / "a.fasta", tmp_path / "out.h5", encoder=tiny)
+    assert report.proteins == 3
+    with Embeddings.open(tmp_path / "out.h5") as embeddings:
+        a, b, c = embeddings.rows(["a", "b", "c"])
+    np.testing.assert_array_equal(a, c)
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_finished_file_is_left_alone(tiny: Path, write_fasta: WriteFasta, tmp_path: Path) -> None:
+    source = write_fasta([5, 6])
+    embed(source, tmp_path / "out.h5", encoder=tiny)
+    before = (tmp_path / "out.h5").stat()
+    report = embed(source, tmp_path / "out.h5", encoder=tiny)
+    assert (tmp_path / "out.h5").stat().st_mtime_ns == before.st_mtime_ns
+    assert report.reused == 2
+
+
+def test_the_same_call_gives_the_same_bytes(tiny: Path, write_fasta: WriteFasta, tmp_path: Path) -> None:
+    source = write_fasta([5, 40, 6] * 100)
+    for name in ("a.h5", "b.h5"):
+        embed(source, tmp_path / name, encoder=tiny)
+        time.sleep(1.01)  # a time stamp in the file would differ
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_an_output_of_another_encoder_is_refused(tiny: Path, write_fasta: WriteFasta, tmp_path: Path) -> None:
+    source = write_fasta([5, 6])
+    embed(source, tmp_path / "out.h5", encoder=tiny)
+    with pytest.raises(DataError, match=r"out\.h5: made with another encoder: long is 'cut', not 'window'; give"):
+        embed(source, tmp_path / "out.h5", encoder=tiny, long="window")
+
+
+def test_an_output_of_other_proteins_is_refused(tiny: Path, write_fasta: WriteFasta, tmp_path: Path) -> None:
+    embed(write_fasta([5, 6]), tmp_path / "out.h5", encoder=tiny)
+    with pytest.raises(DataError, match=r"out\.h5: holds the embeddings of other proteins; give another output"):
+        embed(write_fasta([5, 6], "b.fasta", seed=1), tmp_path / "out.h5", encoder=tiny)
+
+
+def test_unexpected_weights_are_refused_with_both_digests(
+    tiny: Path, tiny_weights: Weights, write_fasta: WriteFasta, tmp_path: Path
+) -> None:
+    source = write_fasta([5])
+    embed(source, tmp_path / "right.h5", encoder=tiny, expected_sha256=weights_digest(tiny_weights))
+    with pytest.raises(RefusedError, match=f"SHA-256 {weights_digest(tiny_weights)}, but {'0' * 64} is expected"):
+        embed(source, tmp_path / "wrong.h5", encoder=tiny, expected_sha256="0" * 64)
+    assert not list(tmp_path.glob("wrong*"))
+
+
+def test_an_untrained_encoder_is_said_to_be_one(
+    write_fasta: WriteFasta, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        report = embed(write_fasta([3]), tmp_path / "out.h5")
+    assert not report.encoder.trained
+    assert caplog.messages == ["untrained encoder name=esm1nv-44m sha256=7d5c47c85cb2"]
+
+
+def test_a_second_process_on_one_output_is_refused(tiny: Path, write_fasta: WriteFasta, tmp_path: Path) -> None:
+    source = write_fasta([5])
+    with (
+        exclusive_lock(tmp_path / ".out.h5.lock", "out.h5"),
+        pytest.raises(MachineError, match=rf"out\.h5 is in use by process {os.getpid()} "),
+    ):
+        embed(source, tmp_path / "out.h5", encoder=tiny)
+
+
+def test_rows_are_reused_by_sequence(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.fasta").write_text(">a\nMKLV\n>b\nACDEF\n")
+    (tmp_path / "b.fasta").write_text(">x\nGHIKL\n>y\nACDEF\n>z\nGHIKL\n>w\nMKLV\n")
+    embed(tmp_path / "a.fasta", tmp_path / "a.h5", encoder=tiny)
+    report = embed(tmp_path / "b.fasta", tmp_path / "b.h5", encoder=tiny, reuse=tmp_path / "a.h5")
+    assert report.reused == 2
+    with Embeddings.open(tmp_path / "a.h5") as a, Embeddings.open(tmp_path / "b.h5") as b:
+        np.testing.assert_array_equal(b.rows(["w", "y"]), a.rows(["a", "b"]))
+        np.testing.assert_array_equal(b.rows(["x"]), b.rows(["z"]))
+    report = embed(tmp_path / "b.fasta", tmp_path / "a.h5", encoder=tiny, reuse=tmp_path / "a.h5")
+    assert report.reused == 2
+    report = embed(tmp_path / "a.fasta", tmp_path / "c.h5", encoder=tiny, reuse=tmp_path / "a.h5")
+    assert report.reused == 2
+
+
+def test_rows_of_another_encoder_are_not_reused(tiny: Path, write_fasta: WriteFasta, tmp_path: Path) -> None:
+    source = write_fasta([5])
+    embed(source, tmp_path / "a.h5", encoder=tiny, dtype="bfloat16")
+    with pytest.raises(DataError, match=r"a\.h5: made with another encoder: dtype is 'bfloat16', not 'float32'"):
+        embed(source, tmp_path / "b.h5", encoder=tiny, dtype="float32", reuse=tmp_path / "a.h5")
+
+
+def test_a_damaged_shard_is_computed_again(
+    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_fasta([20] * 30)
+    embed(source, tmp_path / "whole.h5", encoder=tiny, batch_residues=100)
+    broken_off(source, tmp_path / "out.h5", tiny, after=5, monkeypatch=monkeypatch)
+    shards = sorted((tmp_path / "out.h5.parts").glob("*.f32"))
+    assert len(shards) == 5
+    content = bytearray(shards[3].read_bytes())
+    content[7] ^= 1
+    shards[3].write_bytes(content)
+    report = embed(source, tmp_path / "out.h5", encoder=tiny, batch_residues=100)
+    assert report.resumed == 3 * 4  # shards of one pack, packs of four proteins
+    assert (tmp_path / "out.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_unfinished_work_of_another_encoder_is_refused(
+    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_fasta([20] * 30)
+    broken_off(source, tmp_path / "out.h5", tiny, after=5, monkeypatch=monkeypatch)
+    with pytest.raises(DataError, match=r"manifest\.json: made with another encoder: long is 'cut', not 'window'"):
+        embed(source, tmp_path / "out.h5", encoder=tiny, long="window")
+
+
+def test_unfinished_work_on_other_proteins_is_thrown_away(
+    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_off(write_fasta([20] * 30), tmp_path / "out.h5", tiny, after=5, monkeypatch=monkeypatch)
+    report = embed(write_fasta([20] * 31), tmp_path / "out.h5", encoder=tiny, batch_residues=100)
+    assert (report.proteins, report.resumed) == (31, 0)
+
+
+def broken_off(source: Path, output: Path, encoder: Path, *, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run end in an error once it has written so many shards."""
+    append = EmbeddingsWriter.append
+
+    def append_until(writer: EmbeddingsWriter, vectors: np.ndarray) -> None:
+        append(writer, vectors)
+        writer.flush()
+        if len(writer._shards) == after:
+            raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingsWriter, "append", append_until)
+        with pytest.raises(InterruptedError):
+            embed(source, output, encoder=encoder, batch_residues=100)
+
+
+SHARD_PER_PACK = """
+import sys
+from fedbio.embeddings import EmbeddingsWriter
+from fedbio.encoder import embed_file
+EmbeddingsWriter.SHARD_SECONDS = 0.0
+embed_file(sys.argv[1], sys.argv[2], encoder=sys.argv[3], batch_residues=100, threads=1)
+"""
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=[pytest.mark.slow, pytest.mark.faults])])
+def test_killed_at_any_moment_the_next_call_gives_the_bytes_of_an_unbroken_one(
+    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, kills: int
+) -> None:
+    source = write_fasta([20 + number % 7 for number in range(3000)])
+    embed(source, tmp_path / "whole.h5", encoder=tiny, batch_residues=100)
+    output, moments = tmp_path / "out.h5", random.Random(kills)
+    done = 0
+    for _ in range(kills):
+        process = subprocess.Popen([sys.executable, "-c", SHARD_PER_PACK, source, output, tiny])
+        try:
+            enough = len(list(tmp_path.glob("out.h5.parts/*.f32"))) + moments.randint(1, 60)
+            while process.poll() is None and len(list(tmp_path.glob("out.h5.parts/*.f32"))) < enough:
+                time.sleep(moments.uniform(0, 0.02))
+        finally:
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        assert not output.exists()
+        shards = len(list(tmp_path.glob("out.h5.parts/*.f32")))
+        assert shards > done
+        done = shards
+    report = embed(source, output, encoder=tiny, batch_residues=100)
+    assert report.resumed >= 3 * done  # packs of three or four proteins
+    assert output.read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("free_kib", [8, 100])
+def test_on_a_full_disk_the_run_ends_clearly_and_goes_on_later(
+    tiny: Path, write_fasta: WriteFasta, small_disk: Path, tmp_path: Path, free_kib: int
+) -> None:
+    source = write_fasta([20] * 500 + [19] * 100)  # 75 KiB of vectors in a shard, and 200 KiB in the finished file
+    (small_disk / "ballast").write_bytes(bytes(2**20 - free_kib * 1024))
+    with pytest.raises(MachineError, match=r"the disk is full; free some space and run the same command again"):
+        embed(source, small_disk / "out.h5", encoder=tiny)
+    assert not (small_disk / "out.h5").exists()
+    (small_disk / "ballast").unlink()
+    report = embed(source, small_disk / "out.h5", encoder=tiny)
+    assert report.resumed == (0 if free_kib == 8 else 600)
+    embed(source, tmp_path / "whole.h5", encoder=tiny)
+    assert (small_disk / "out.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
