@@ -91,7 +91,8 @@ def accuracy_plate(study: Study) -> Plate:
             color=MUTED,
             ha="right",
         )
-        axes.set_xticks(range(len(accuracies)), [_broken(accuracy.model) for accuracy in accuracies])
+        names = [_broken(each.model) if narrow or len(accuracies) > 5 else each.model for each in accuracies]
+        axes.set_xticks(range(len(accuracies)), names)
         axes.set_xlim(-0.5, len(accuracies) - 0.5)
         axes.set_xlabel("hidden layers of the classifier")
         axes.set_ylabel("test accuracy, %")
@@ -203,12 +204,15 @@ def curves_plate(study: Study) -> Plate | None:
     """Validation accuracy round by round, one panel per MLP."""
     curves: dict[str, dict[str, dict[int, dict[int, float]]]] = defaultdict(lambda: defaultdict(dict))
     kept: dict[tuple[str, str, int], int] = {
-        (FEDERATED, model, int(seed)): best_round
+        (CENTRAL if party.role == "central" else FEDERATED, model, int(seed)): best_round
         for party in study.run.parties
         for model, by_seed in party.rounds.items()
         for seed, best_round in by_seed.items()
     }
+    told = {FEDERATED, CENTRAL, *(site.party for site in study.run.sites)}  # a site's own report is about that site
     for metric in study.run.metrics:
+        if metric.party not in told:
+            continue
         if metric.split == "test":
             kept[metric.party, metric.model, metric.seed] = metric.round
         elif (metric.split, metric.metric) == ("validation", "accuracy") and metric.model in study.accuracies:

@@ -74,8 +74,8 @@ def scores_plate(study: Study) -> Plate:
                      heights=(height, height)),
         caption=(
             f"F1 of each compartment (the harmonic mean of precision and recall) for the MLP {study.best}, mean over "
-            "seeds and, for training alone, over sites. In brackets: the number of test proteins; with few of them a "
-            "score is uncertain, as the intervals in the table show."
+            f"seeds{'' if study.run.own else ' and, for training alone, over sites'}. In brackets: the number of test "
+            "proteins; with few of them a score is uncertain, as the intervals in the table show."
         ),
         table=Table(
             "F1 by compartment, with 95 % intervals",

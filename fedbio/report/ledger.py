@@ -10,11 +10,11 @@ from fedbio.report.words import bytes_words
 
 KINDS = {
     "model": "weights of classifiers",
-    "metrics": "accuracies, losses and timings",
+    "metrics": "accuracies, losses, learning curves, and counts of right and wrong answers",
     "counts": "numbers of proteins, by class and split",
-    "sums": "sums over all training proteins of a site, for the common mean and spread",
-    "coordinates": "two coordinates of each protein on the map",
-    "control": "joining, signs of life, acknowledgements",
+    "sums": "sums over all training proteins of a site, for the common mean and spread, and for the axes of a map",
+    "coordinates": "two coordinates of each protein on the map, with its compartment and split, without its name",
+    "control": "joining, signs of life, empty answers",
 }
 """What a kind of message holds. A kind that is not named here is reported as unknown to the reader."""
 
@@ -33,7 +33,7 @@ def statement(run: Run) -> str:
         )
     listed = " and ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
     mapped = (
-        " The map was on: two coordinates of each mapped protein did leave, without its name."
+        " The map was on: two coordinates of each mapped protein did leave, with its compartment and without its name."
         if "coordinates" in kinds
         else ""
     )

@@ -113,8 +113,8 @@ def _notices(study: Study) -> list[tuple[str, str]]:
             (
                 "Untrained encoder",
                 f"The encoder {run.encoder.name} has random weights from a fixed seed: it has learned nothing from "
-                "proteins. The numbers show that the machinery works and what joining is worth under these conditions; "
-                "a trained encoder will place proteins better.",
+                "proteins. The numbers show that the machinery works and what joining is worth under these conditions, "
+                "not how well proteins can be placed with a trained encoder.",
             )
         )
     if any(site.data and site.data.synthetic for site in run.sites):
@@ -184,8 +184,8 @@ def _data_table(run: Run) -> Table:
         known = [f"{data.residues:,}", f"{data.longer:,}", data.source] if data else [NONE] * 3
         rows.append([name, *splits, *known])
     return Table(
-        "Proteins of each site",
-        ["Site", "Training", "Validation", "Test", "Residues", "Longer than the encoder takes", "File"],
+        "Proteins of each site (too long: longer than the encoder takes whole)",
+        ["Site", "Training", "Validation", "Test", "Residues", "Too long", "File"],
         rows,
     )
 

@@ -201,7 +201,11 @@ class InventedRun:
                 record.sent["coordinates"] = Traffic(1, 6_240)
                 write_table(folder / MAP_FILE, MAP_COLUMNS, self.points(name))
         write_party(folder, record)
-        write_table(folder / METRICS_FILE, METRICS_COLUMNS, [row for who in tells for row in self.metrics(who)])
+        # the server tells every site all curves
+        curves = [
+            row for who in (tells if role == "central" else (*self.names, FEDERATED)) for row in self.metrics(who)
+        ]
+        write_table(folder / METRICS_FILE, METRICS_COLUMNS, curves)
         write_table(
             folder / PREDICTIONS_FILE, PREDICTIONS_COLUMNS, [row for who in tells for row in self.predictions(who)]
         )

@@ -125,6 +125,7 @@ def test_a_sites_own_report_has_no_central_model(invent: Callable[..., Path]) ->
     assert "the one that the site trained alone" in text
     assert "All in one place" not in text.split("Figure 1.")[0]
     assert "What this site gained" in text
+    assert "site-1" not in text.split("Figure 6.")[1].split("Figure 7.")[0]
 
 
 @pytest.mark.usefixtures("undrawn")
