@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Received", "Receiver"]
 
 import collections
+import functools
 import logging
 import queue
 import threading
@@ -128,23 +129,17 @@ class Receiver:
 
     def _collect(self, incoming: _Incoming) -> None:
         """Bring one stream in, on a thread of its own."""
-        reason: str | None = None
-        received: Received | None = None
+        grant = functools.partial(self._reply, Kind.CREDIT, incoming.stream, b"")
         try:
-            store = self._store(incoming.opening.payload_bytes)
-            received = incoming.collect(
-                self.peer, store, lambda chunks: self._reply(Kind.CREDIT, incoming.stream, sequence=chunks)
-            )
-        except OSError as error:
-            reason = f"cannot be stored: {error.strerror}"
-        except (_GivenUp, ProtocolError) as error:
-            reason = str(error)
-        self._streams.pop(incoming.stream, None)
-        if received is not None:
-            self._hand_over(incoming.stream, received)
-        else:
-            self._reject(incoming.stream, reason or "given up")
+            received = incoming.collect(self.peer, self._store(incoming.opening.payload_bytes), grant)
+        except (OSError, ProtocolError, _GivenUp) as error:
+            reason = f"cannot be stored: {error.strerror}" if isinstance(error, OSError) else str(error)
+            self._reject(incoming.stream, reason)
             self._leave()
+        else:
+            self._hand_over(incoming.stream, received)
+        finally:
+            self._streams.pop(incoming.stream, None)
 
     def _store(self, size: int | None) -> _Store | None:
         """Take memory or disk for a payload of a size that was checked."""
@@ -153,10 +148,10 @@ class Receiver:
         with self._lock:
             while self._freed:
                 self._memory -= self._freed.pop()
-            if self._memory + size > self._limits.memory_bytes:
-                return _SpoolStore(Spool(self._spool, size))
-            self._memory += size
-        return _MemoryStore(size, self._freed)
+            fits = self._memory + size <= self._limits.memory_bytes
+            if fits:
+                self._memory += size
+        return _MemoryStore(size, self._freed) if fits else _SpoolStore(Spool(self._spool, size))
 
     def _hand_over(self, stream: int, received: Received) -> None:
         def handle() -> None:
@@ -169,7 +164,7 @@ class Receiver:
         self._reply(Kind.ACCEPTED, stream)
 
     def _reject(self, stream: int, reason: str) -> None:
-        log.warning("message rejected peer=%s reason=%s", self.peer, reason)
+        log.info("message rejected peer=%s stream=%d reason=%s", self.peer, stream, reason)
         self._reply(Kind.REJECTED, stream, wire.pack(wire.Refusal(reason[:1000])))
 
     def _enter(self) -> bool:

@@ -54,5 +54,6 @@ class Workers:
                 # a handler's bug must not take the connections of the other peers with it
                 log.exception("%s: a handler failed", self._name)
             finally:
+                del work  # it may hold a model, and the next may come late
                 with self._lock:
                     self._pending -= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,7 +56,9 @@ def test_expired_certificate_is_refused_before_dialling(kits: Path, tmp_path: Pa
 
 def test_certificate_of_tomorrow_is_refused_before_dialling(kits: Path, tmp_path: Path) -> None:
     early = reissued(kits, "site-1", tmp_path, NOW + DAY, NOW + 30 * DAY)
-    with pytest.raises(RefusedError, match="the certificate is not yet valid, only from .* check this machine's clock"):
+    with pytest.raises(
+        RefusedError, match=r"the certificate is not yet valid, only from .* check this machine's clock"
+    ):
         SiteEndpoint("127.0.0.1:1", early, spool=tmp_path, on_message=print)
 
 
@@ -104,7 +106,9 @@ def test_server_refuses_a_premature_site_and_says_so(listener: Listener, kits: P
 
 
 def test_site_refuses_a_foreign_server(listener: Listener, foreign_kits: Path) -> None:
-    with pytest.raises(RefusedError, match=r"server 127.*: its certificate is of a foreign authority; check the address"):
+    with pytest.raises(
+        RefusedError, match=r"server 127.*: its certificate is of a foreign authority; check the address"
+    ):
         dial(listener, Credentials.from_kit(foreign_kits / "site-1"))
 
 
@@ -132,7 +136,7 @@ def test_site_refuses_a_server_out_of_date(
 
 def test_site_refuses_another_site_that_plays_the_server(kits: Path) -> None:
     listener = serving(Credentials.from_kit(kits / "site-2"))
-    with pytest.raises(RefusedError, match="its certificate is not (for this IP address|a server's)"):
+    with pytest.raises(RefusedError, match=r"its certificate is not (for this IP address|a server's)"):
         dial(listener, Credentials.from_kit(kits / "site-1"))
     listener.close()
 

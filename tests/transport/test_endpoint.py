@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import statistics
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,9 @@ class Federation:
         self._open.append(server)
         return server.start()
 
-    def site(self, name: str = "site-1", on_message: Callable[[Received], None] = print, **options: Any) -> SiteEndpoint:
+    def site(
+        self, name: str = "site-1", on_message: Callable[[Received], None] = print, **options: Any
+    ) -> SiteEndpoint:
         site = SiteEndpoint(
             options.pop("address", self.server.address),
             Credentials.from_kit(self.kits / name),
@@ -290,16 +294,18 @@ def test_site_that_lost_its_server_for_good_says_so(kits: Path, tmp_path: Path) 
     federation = Federation(kits, tmp_path, "grpc")
     site = federation.site(connect_deadline_s=0.3).start()
     federation.server.close()
-    with pytest.raises(PeerUnreachable, match="not reached within 0.3 s"):
+    with pytest.raises(PeerUnreachable, match=r"not reached within 0\.3 s"):
         site.wait(5.0)
-    with pytest.raises(PeerUnreachable, match="not reached within 0.3 s"):
+    with pytest.raises(PeerUnreachable, match=r"not reached within 0\.3 s"):
         site.send("late")
     federation.close()
 
 
 def test_second_site_under_a_living_name_is_refused_with_the_process_of_the_first(federation: Federation) -> None:
     first = federation.site().start()
-    with pytest.raises(RefusedError, match=rf"site-1 is connected already, as process {os.getpid()} from .*; stop that"):
+    with pytest.raises(
+        RefusedError, match=rf"site-1 is connected already, as process {os.getpid()} from .*; stop that"
+    ):
         federation.site().start()
     first.send("still here")
     assert federation.server.peers() == ("site-1",)
@@ -471,7 +477,12 @@ def test_close_takes_less_than_two_seconds_whatever_goes_on(over_grpc: Federatio
     silent = over_grpc.raw("site-2")
     eventually(lambda: over_grpc.server.peers() == ("site-1", "site-2"))
     over_grpc.server.send("site-1", "long task")
-    sender = threading.Thread(target=lambda: pytest.raises(TransportError, over_grpc.server.send, "site-2", "task"))
+
+    def send() -> None:
+        with pytest.raises(TransportError):
+            over_grpc.server.send("site-2", "task")
+
+    sender = threading.Thread(target=send)
     sender.start()
     started = time.monotonic()
     over_grpc.server.close()
@@ -481,3 +492,20 @@ def test_close_takes_less_than_two_seconds_whatever_goes_on(over_grpc: Federatio
     assert not sender.is_alive()
     stuck.set()
     silent.abort()
+
+
+def test_handled_payload_gives_its_memory_back(federation: Federation) -> None:
+
+    kept: list[weakref.ref[object]] = []
+
+    def handle(message: Received) -> None:
+        assert message.payload is not None
+        kept.append(weakref.ref(message.payload))
+
+    federation.server.close()
+    federation.server = federation.add_server("127.0.0.1:0", on_message=handle)
+    site = federation.site().start()
+    for _ in range(4):
+        site.send("model", b"", BytesPayload(bytes(MIB)))
+    eventually(lambda: gc.collect() >= 0 and len(kept) == 4 and not any(payload() for payload in kept))
+    assert list((federation.folder / "server").glob("*")) == []

@@ -8,7 +8,7 @@ import errno
 import socket
 
 from fedbio.errors import FedbioError, MachineError, RefusedError
-from fedbio.transport.credentials import REMEDY, Credentials
+from fedbio.transport.credentials import Credentials
 
 _THEIRS = {
     9: "is not yet valid; check this machine's clock",
@@ -22,6 +22,7 @@ _THEIRS = {
     64: "is not for this IP address",
 }
 """OpenSSL's numbers for what is wrong with the certificate that the server shows."""
+
 
 def diagnose(address: str, credentials: Credentials, timeout_s: float) -> str | None:
     """Dial once more with the standard library, which names causes; return one that may pass.
@@ -43,7 +44,7 @@ def diagnose(address: str, credentials: Credentials, timeout_s: float) -> str | 
             socket.create_connection((host, int(port)), timeout=min(timeout_s, 5.0)) as plain,
             context.wrap_socket(plain, server_hostname=host) as secure,
         ):
-            # with TLS 1.3 the server's verdict on our certificate comes after our handshake; gRPC hangs up without a word
+            # with TLS 1.3 the server judges our certificate after our handshake; gRPC then hangs up without a word
             if secure.recv(1):
                 return None
     except ssl.SSLCertVerificationError as error:
