@@ -237,11 +237,11 @@ def write_embeddings(
                 file.attrs.update({"format": FORMAT, "version": VERSION, "fedbio_version": __version__})
                 file.attrs.update(msgspec.structs.asdict(info))
                 options: dict[str, Any] = {"track_times": False}
-                chunk = (min(CHUNK_ROWS, max(n, 1)), width)
+                chunk = (min(CHUNK_ROWS, n), width) if n else None
                 matrix = file.create_dataset("embeddings", (n, width), np.float32, chunks=chunk, **options)
                 place = 0
                 for block in blocks:
-                    matrix[place : place + len(block)] = block
+                    matrix[place : place + len(block)] = block[: n - place]
                     place += len(block)
                 if place != n:
                     raise ValueError(f"{place} rows for {n} ids")
@@ -294,9 +294,13 @@ class EmbeddingsWriter:
     def _open(self, manifest: dict[str, Any], info: EncoderInfo) -> None:
         path = self.folder / "manifest.json"
         if path.is_file():
-            found = json.loads(path.read_bytes())
+            try:
+                found = json.loads(path.read_bytes())
+                begun_with = msgspec.convert(found.pop("encoder"), EncoderInfo)
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise FormatError(f"{path}: damaged; delete the folder {self.folder.name}") from error
             remedy = f"give the encoder as before, or delete {self.folder}"
-            check_same_encoder(msgspec.convert(found.pop("encoder"), EncoderInfo), info, where=str(path), remedy=remedy)
+            check_same_encoder(begun_with, info, where=str(path), remedy=remedy)
             if found == manifest:
                 self._resume()
                 return
