@@ -13,6 +13,7 @@ INSTALLED := .venv/installed
 
 demo: $(INSTALLED)
 	@$(BIN)/snakemake --cores all
+	@tail -n 2 logs/demo/report.log
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -m "not slow and not faults"
