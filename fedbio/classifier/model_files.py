@@ -56,6 +56,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         SHA-256 of ``model.safetensors``; filled in by `save_model`.
     """
 
+    format: Literal["fedbio-classifier"] = "fedbio-classifier"
+    version: Literal[1] = 1
     classes: list[str]
     hidden: list[int]
     encoder: EncoderInfo
@@ -66,8 +68,6 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     trained_by: list[str] = []
     parameters_sha256: str = ""
     fedbio_version: str = __version__
-    format: Literal["fedbio-classifier"] = "fedbio-classifier"
-    version: Literal[1] = 1
 
     @property
     def mlp(self) -> str:

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder with a trained classifier")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="CSV", help="table to write")
     parser.add_argument(
-        "--encoder", metavar="PATH", help="the model's encoder: folder or file (default: built-in, by its name)"
+        "--encoder", metavar="PATH", help="folder or file of the model's encoder; not needed if that is built in"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights of an untrained encoder")
     parser.add_argument(

@@ -52,14 +52,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         field = TrainingSettings.model_fields[key]
         default = field.default
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        meaning = str(field.description).rstrip(".")
         parser.add_argument(
             option,
             dest=key,
             default=argparse.SUPPRESS,
-            help=f"{str(field.description).rstrip('.')} (default: {shown})".replace("%", "%%"),
+            help=f"{meaning[0].lower()}{meaning[1:]} (default: {shown})",
             **details,
         )
-    parser.add_argument("--threads", type=int, metavar="N", help="classifiers to train at once (default: all cores)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="classifiers to train at once, one thread each; as many as there are cores if not given",
+    )
     parser.add_argument("--labels", type=Path, metavar="CSV", help="table of labels beside the proteins")
     parser.add_argument("--skip-invalid", action="store_true", help="leave wrong records out instead of stopping")
 
