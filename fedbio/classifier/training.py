@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fedbio.classifier.architecture import Parameters
 from fedbio.classifier.examples import TrainData
 from fedbio.classifier.network import Network, as_tensor
+from fedbio.classifier.optimizer import AdamW
 from fedbio.errors import DataError
 
 
@@ -79,7 +80,7 @@ def train(
     generator = torch.Generator().manual_seed(int(random.integers(2**63)))
     network = Network(parameters, dropout=dropout, generator=generator).train()
     _check_fit(parameters, data)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
+    optimizer = AdamW(network, learning_rate=learning_rate, weight_decay=weight_decay)
     features, targets = as_tensor(data.features), torch.from_numpy(np.array(data.targets, dtype=np.int64))
     batches = math.ceil(count / batch_size)
     total = torch.zeros(())
@@ -87,10 +88,8 @@ def train(
         order = torch.from_numpy(random.permutation(count))
         total.zero_()
         for batch in order.tensor_split(batches):
-            optimizer.zero_grad()
             loss = F.cross_entropy(network(features.index_select(0, batch)), targets.index_select(0, batch))
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            optimizer.step(loss)
             total += loss.detach() * len(batch)
     mean_loss = float(total) / count
     if not math.isfinite(mean_loss):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -42,21 +44,32 @@ def test_training_leaves_its_input_and_the_global_random_state_alone(blobs: Blob
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_one_epoch_in_one_batch_is_one_step_of_adamw(blobs: Blobs) -> None:
+def test_epochs_in_one_batch_are_steps_of_adamw(blobs: Blobs) -> None:
     parameters, data = initialize(16, (8,), 3, seed=0), blobs(30)
-    outcome = train(parameters, data, batch_size=30, learning_rate=0.01, weight_decay=0.1, dropout=0.0)
+    outcome = train(parameters, data, epochs=5, batch_size=30, learning_rate=0.01, weight_decay=0.1, dropout=0.0)
     layers = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     with torch.no_grad():
         for tensor, array in zip(layers.parameters(), parameters.values(), strict=True):
             tensor.copy_(torch.from_numpy(array))
     optimizer = torch.optim.AdamW(layers.parameters(), lr=0.01, weight_decay=0.1)
-    loss = F.cross_entropy(layers(torch.from_numpy(data.features)), torch.from_numpy(data.targets))
-    loss.backward()
-    optimizer.step()
-    assert outcome.steps == 1
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layers(torch.from_numpy(data.features)), torch.from_numpy(data.targets))
+        loss.backward()
+        optimizer.step()
+    assert outcome.steps == 5
     assert outcome.loss == pytest.approx(loss.item(), rel=1e-5)
     for tensor, array in zip(layers.parameters(), outcome.parameters.values(), strict=True):
         np.testing.assert_allclose(array, tensor.detach().numpy(), atol=1e-5)
+
+
+def test_training_does_not_import_the_compiler_of_torch() -> None:
+    code = (
+        "import sys, numpy as np; from fedbio.classifier import TrainData, initialize, train; "
+        "train(initialize(4, (2,), 2, seed=0), TrainData(np.zeros((3, 4), np.float32), np.zeros(3, np.int64))); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(("count", "steps"), [(1, 1), (5, 1), (33, 2), (64, 2), (65, 3)])
