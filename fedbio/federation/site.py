@@ -73,7 +73,8 @@ class Site:
     connect_deadline_s : float
         Seconds to keep trying to reach the server.
     prepare : callable or None
-        Called once the server is reached and before the first task, to load what tasks need.
+        Loads what tasks need, before the server is dialled: a library that loads for seconds may hold the
+        interpreter, and a site that shows no life meanwhile would be taken for gone.
     """
 
     kit: KitFile
@@ -116,7 +117,7 @@ class Site:
             If the server gives up, with its reason; or the error of this site's own task, if that was the reason.
         """
         with Party.open(self.workspace, self.kit.party, "site") as party:
-            with SiteEndpoint(
+            endpoint = SiteEndpoint(
                 self.server or self.kit.server,
                 self.credentials,
                 spool=self.workspace / "spool",
@@ -124,21 +125,19 @@ class Site:
                 on_connection=self._on_connection,
                 connect_deadline_s=self.connect_deadline_s,
                 driver=self.driver,
-            ) as endpoint:
+            )
+            if self.prepare is not None:
+                self.prepare()
+            with endpoint:
                 self._begin(party, endpoint)
                 try:
-                    self._work()
+                    while self._handle(self._next()):
+                        pass
+                    self._send(messages.BYE, b"", None, "control")
                 finally:
                     self._over = True
             party.finish(LIBRARIES)
         log.info("done, everything this site keeps is in %s", self.workspace)
-
-    def _work(self) -> None:
-        if self.prepare is not None:
-            self.prepare()
-        while self._handle(self._next()):
-            pass
-        self._send(messages.BYE, b"", None, "control")
 
     def _begin(self, party: Party, endpoint: SiteEndpoint) -> None:
         self._party, self._endpoint = party, endpoint
