@@ -123,7 +123,10 @@ def _overview() -> argparse.ArgumentParser:
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Show every default, and the example as it was written."""
+    """Show every default that there is, and the example as it was written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, [], False) else super()._get_help_string(action)
 
 
 def _command_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
