@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Estimate", "estimate_file"]
+__all__ = ["Estimate", "estimate_file", "operations"]
 
 import resource
 import time
@@ -70,7 +70,7 @@ def estimate_file(
     plan = setup.plan(sequences)
     inference = setup.inference()
     lengths = (plan.end - plan.begin + ENDS).astype(np.float64)
-    cost = np.add.reduceat(_operations(setup.config, lengths), plan.packs[:-1])
+    cost = np.add.reduceat(operations(setup.config, lengths), plan.packs[:-1])
     inference.pack(sequences, plan, 0)  # warms up, and holds the most memory
     measured = seconds = 0.0
     for number in np.unique(np.linspace(0, len(cost) - 1, _SAMPLE_PACKS).astype(int)).tolist():
@@ -95,7 +95,7 @@ def estimate_file(
     )
 
 
-def _operations(config: EncoderConfig, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+def operations(config: EncoderConfig, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
     """Floating-point operations for pieces of so many tokens: linear maps, and attention with its square."""
     linear = 2 * (4 * config.width**2 + 2 * config.width * config.ffn)
     operations: NDArray[np.float64] = config.layers * tokens * (linear + 4 * config.width * tokens)
