@@ -282,14 +282,20 @@ class EmbeddingsWriter:
     """A shard is written when it holds so much, or when so much work would be lost."""
 
     def __init__(self, output: Path, *, info: EncoderInfo, work: str, rows: int) -> None:
-        self.folder = output.with_name(output.name + ".parts")
+        self.folder = self.folder_of(output)
         self._width, self._rows = info.width, rows
         self._shards: list[tuple[int, Path]] = []
         self._pending: list[Floats] = []
         self._pending_since = time.monotonic()
+        self._maps: list[Floats] = []
         manifest = {"format": f"{FORMAT}-parts", "version": VERSION, "work": work, "rows": rows}
         self.done = 0
         self._open(manifest, info)
+
+    @staticmethod
+    def folder_of(output: Path) -> Path:
+        """Where the parts of an output are kept."""
+        return output.with_name(output.name + ".parts")
 
     def _open(self, manifest: dict[str, Any], info: EncoderInfo) -> None:
         path = self.folder / "manifest.json"
@@ -305,8 +311,9 @@ class EmbeddingsWriter:
                 self._resume()
                 return
             log.warning("unfinished work on other proteins thrown away folder=%s", self.folder)
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # shards without their manifest are of unknown work: a deletion was broken off
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
         write_whole(path, json.dumps({**manifest, "encoder": msgspec.structs.asdict(info)}, indent=2) + "\n")
 
     def _resume(self) -> None:
@@ -350,7 +357,7 @@ class EmbeddingsWriter:
 
     def take(self, places: NDArray[np.int64]) -> Floats:
         """Return finished rows by their number, shape (len(places), d)."""
-        if not hasattr(self, "_maps"):
+        if not self._maps:
             self.flush()
             if self.done != self._rows:
                 raise ValueError(f"{self.done} of {self._rows} rows are there")

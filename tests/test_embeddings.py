@@ -167,6 +167,17 @@ def test_shards_survive_and_come_back_in_order(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_shards_without_their_manifest_are_not_trusted(tmp_path: Path) -> None:
+    for work in ("old", "new"):
+        writer = EmbeddingsWriter(tmp_path / "a.h5", info=INFO, work=work, rows=N)
+        assert writer.done == 0
+        writer.append(VECTORS[:100])
+        writer.flush()
+        (tmp_path / "a.h5.parts" / "manifest.json").unlink()
+    assert EmbeddingsWriter(tmp_path / "a.h5", info=INFO, work="new", rows=N).done == 0
+    assert EmbeddingsWriter(tmp_path / "a.h5", info=INFO, work="new", rows=N).done == 0
+
+
 def test_shards_that_hold_much_are_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EmbeddingsWriter, "SHARD_BYTES", 100 * 16)
     writer = EmbeddingsWriter(tmp_path / "a.h5", info=INFO, work="w", rows=N)

@@ -6,6 +6,7 @@ __all__ = ["EmbedReport", "embed_file"]
 
 import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,6 +148,8 @@ def _is_finished(target: Path, proteins: Source, info: EncoderInfo, reuse: StrPa
     with Embeddings.open(target) as there:
         check_same_encoder(there.info, info, where=str(target), remedy="give another output, or delete this one")
         if proteins.is_in(there):
+            # a run that was killed after its last step left them
+            shutil.rmtree(EmbeddingsWriter.folder_of(target), ignore_errors=True)
             return True
     if reuse is not None and target.samefile(reuse):
         return False

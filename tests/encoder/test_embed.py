@@ -108,9 +108,11 @@ def test_a_finished_file_is_left_alone(tiny: Path, write_fasta: WriteFasta, tmp_
     source = write_fasta([5, 6])
     embed(source, tmp_path / "out.h5", encoder=tiny)
     before = (tmp_path / "out.h5").stat()
+    (tmp_path / "out.h5.parts").mkdir()  # as if killed just before the end
     report = embed(source, tmp_path / "out.h5", encoder=tiny)
     assert (tmp_path / "out.h5").stat().st_mtime_ns == before.st_mtime_ns
     assert report.reused == 2
+    assert not (tmp_path / "out.h5.parts").exists()
 
 
 def test_the_same_call_gives_the_same_bytes(tiny: Path, write_fasta: WriteFasta, tmp_path: Path) -> None:
