@@ -68,6 +68,17 @@ class Endpoint:
             deliver=self._on_message,
         )
 
+    def _announce(self, streams: Streams, callback: Callable[[], None]) -> None:
+        """Tell the owner that a peer is here, then let its messages through."""
+
+        def announce() -> None:
+            try:
+                callback()
+            finally:
+                streams.announced.set()
+
+        self._callbacks.submit(announce)
+
     def _connected(self) -> list[Streams]:
         raise NotImplementedError
 

@@ -19,7 +19,17 @@ All numbers are unsigned and little endian.
 
 from __future__ import annotations
 
-__all__ = ["HEADER_BYTES", "MAX_FRAME_BYTES", "MAX_PAYLOAD_BYTES", "VERSION", "Frame", "Kind", "decode", "encode"]
+__all__ = [
+    "HEADER_BYTES",
+    "MAX_FRAME_BYTES",
+    "MAX_PAYLOAD_BYTES",
+    "VERSION",
+    "Frame",
+    "Kind",
+    "decode",
+    "encode",
+    "split",
+]
 
 import enum
 import struct
@@ -80,6 +90,24 @@ def encode(kind: Kind, stream: int = 0, sequence: int = 0, payload: bytes | memo
     fields = _FIELDS.pack(MAGIC, VERSION, kind, 0, stream, sequence, len(payload))
     crc = zlib.crc32(payload, zlib.crc32(fields))
     return b"".join((fields, _CRC.pack(crc), payload))
+
+
+def split(joined: bytes) -> list[bytes]:
+    """Return the frames that a driver has let travel together; what is no sound sequence stays whole for `decode`."""
+    found = []
+    begin = 0
+    while begin < len(joined):
+        if len(joined) - begin < HEADER_BYTES:
+            return [joined]
+        length: int = _FIELDS.unpack_from(joined, begin)[-1]
+        end = begin + HEADER_BYTES + length
+        if end > len(joined):
+            return [joined]
+        if end - begin == len(joined):
+            return [joined]  # the common case, without a copy
+        found.append(joined[begin:end])
+        begin = end
+    return found or [joined]
 
 
 def decode(message: bytes) -> Frame:

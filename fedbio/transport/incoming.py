@@ -20,6 +20,7 @@ from blake3 import blake3
 
 from fedbio.errors import ProtocolError
 from fedbio.transport import wire
+from fedbio.transport.drivers import Lane
 from fedbio.transport.frames import Frame, Kind
 from fedbio.transport.limits import MAX_BODY_BYTES, Limits
 from fedbio.transport.payloads import ReceivedPayload, Spool
@@ -42,7 +43,9 @@ class Received:
 class Reply(Protocol):
     """Write a small frame back to the peer."""
 
-    def __call__(self, kind: Kind, stream: int, content: bytes = b"", sequence: int = 0) -> None: ...
+    def __call__(
+        self, kind: Kind, stream: int, content: bytes = b"", sequence: int = 0, lane: Lane = Lane.URGENT
+    ) -> None: ...
 
 
 class Receiver:
@@ -161,7 +164,8 @@ class Receiver:
                 self._leave()
 
         self._handlers.submit(handle)
-        self._reply(Kind.ACCEPTED, stream)
+        # a reply is often not far: let the two leave together
+        self._reply(Kind.ACCEPTED, stream, lane=Lane.LAZY)
 
     def _reject(self, stream: int, reason: str) -> None:
         log.info("message rejected peer=%s stream=%d reason=%s", self.peer, stream, reason)

@@ -48,7 +48,7 @@ class ServerEndpoint(Endpoint):
     on_message : callable
         Called with each message that has arrived whole, on threads of the endpoint, several at a time.
     on_peer : callable
-        Called with a site's name and whether it is here now; one call at a time, in order.
+        Called with a site's name and whether it is here now; one call at a time, in order, before its messages.
     limits : Limits
         What is accepted from a peer.
     heartbeat_s : float
@@ -151,7 +151,7 @@ class ServerEndpoint(Endpoint):
         with self._lock:
             if self._peers.get(connection.peer) is peer:
                 del self._peers[connection.peer]
-                self._tell(connection.peer, False)
+                self._callbacks.submit(lambda: self._on_peer(connection.peer, False))
 
     def _admit(self, connection: Connection, hello: handshake.Hello) -> _Peer:
         """Enter a connection under its certificate's name, unless another one lives under it."""
@@ -172,11 +172,8 @@ class ServerEndpoint(Endpoint):
                     continue  # someone else was faster
                 self._peers[name] = peer
                 if first:
-                    self._tell(name, False)
-                self._tell(name, True)
+                    self._callbacks.submit(lambda: self._on_peer(name, False))
+                self._announce(peer.streams, lambda: self._on_peer(name, True))
             if first:
                 first.streams.abort("another connection has taken its place")
             return peer
-
-    def _tell(self, name: str, here: bool) -> None:
-        self._callbacks.submit(lambda: self._on_peer(name, here))

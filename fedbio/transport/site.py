@@ -41,7 +41,7 @@ class SiteEndpoint(Endpoint):
     on_message : callable
         Called with each message that has arrived whole, on threads of the endpoint, several at a time.
     on_connection : callable
-        Called with whether the server is connected now; one call at a time, in order.
+        Called with whether the server is connected now; one call at a time, in order, before its messages.
     connect_deadline_s : float
         Seconds to keep trying to reach the server, at the start and after each break.
     limits : Limits
@@ -168,7 +168,7 @@ class SiteEndpoint(Endpoint):
     def _serve(self, streams: Streams) -> None:
         """Read one connection after the other."""
         while True:
-            self._callbacks.submit(lambda: self._on_connection(True))
+            self._announce(streams, lambda: self._on_connection(True))
             reason = streams.run()
             self._set(None)
             self._callbacks.submit(lambda: self._on_connection(False))
@@ -191,6 +191,9 @@ class SiteEndpoint(Endpoint):
             try:
                 connection = self._driver.dial(self.address, self._credentials, max(0.1, deadline - time.monotonic()))
                 welcome = handshake.greet(connection, self._limits, self._instance)
+                if self._closing.is_set():
+                    connection.abort()
+                    break
                 log.info("connected address=%s name=%s release=%s", self.address, welcome.name, welcome.release)
                 return self._streams(connection, f"server {self.address}", welcome.window)
             except (ConnectionClosed, ProtocolError) as error:

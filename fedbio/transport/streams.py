@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fedbio.errors import PeerUnreachable, ProtocolError, TransportError
 from fedbio.transport import wire
-from fedbio.transport.drivers.base import Connection, ConnectionClosed
+from fedbio.transport.drivers import Connection, ConnectionClosed, Lane
 from fedbio.transport.frames import Frame, Kind, decode, encode
 from fedbio.transport.incoming import Received, Receiver
 from fedbio.transport.limits import MAX_BODY_BYTES, Limits
@@ -111,7 +111,10 @@ class Streams:
         self._last_stream = 0
         self._sign = threading.Event()
         self._reason: str | None = None
-        self._receiver = Receiver(peer, limits, spool, self._reply, deliver)
+        self.announced = threading.Event()
+        """Set once the peer's arrival is known to the owner: no message is delivered before."""
+        self._deliver = deliver
+        self._receiver = Receiver(peer, limits, spool, self._reply, self._deliver_announced)
 
     def run(self) -> str:
         """Read until the connection ends; return why it ended.
@@ -175,6 +178,10 @@ class Streams:
                 self._outgoing.pop(stream, None)
         return SendReceipt(size, time.monotonic() - started)
 
+    def _deliver_announced(self, message: Received) -> None:
+        self.announced.wait()
+        self._deliver(message)
+
     def _begin(self, outgoing: _Outgoing, kind: Kind, content: bytes) -> int:
         # numbers must reach the other end in order, so the frame leaves under the lock that gives the number
         with self._lock:
@@ -196,22 +203,24 @@ class Streams:
         try:
             if body:
                 outgoing.spend(deadline)
-                self.connection.write(encode(Kind.CHUNK, stream, sequence, body), bulk=True)
+                self.connection.write(encode(Kind.CHUNK, stream, sequence, body), Lane.BULK)
                 sequence += 1
             for chunk in payload.digested_chunks() if payload else ():
                 outgoing.spend(deadline)
-                self.connection.write(encode(Kind.CHUNK, stream, sequence, chunk), bulk=True)
+                self.connection.write(encode(Kind.CHUNK, stream, sequence, chunk), Lane.BULK)
                 sequence += 1
             seal = wire.seal(topic, body, payload.digest() if payload else None)
-            self.connection.write(encode(Kind.END, stream, sequence, seal), bulk=True)
+            self.connection.write(encode(Kind.END, stream, sequence, seal), Lane.BULK)
         except BaseException:
             self._reply(Kind.CANCEL, stream)
             raise
 
-    def _reply(self, kind: Kind, stream: int, content: bytes = b"", sequence: int = 0) -> None:
+    def _reply(
+        self, kind: Kind, stream: int, content: bytes = b"", sequence: int = 0, lane: Lane = Lane.URGENT
+    ) -> None:
         """Write a small frame; if the connection has ended, `run` says so."""
         with contextlib.suppress(ConnectionClosed):
-            self.connection.write(encode(kind, stream, sequence, content))
+            self.connection.write(encode(kind, stream, sequence, content), lane)
 
     def _take(self, frame: Frame) -> None:
         kind = frame.kind
@@ -249,6 +258,7 @@ class Streams:
             outgoing.finish(PeerUnreachable(f"connection lost: {self._reason}"))
         self._receiver.close()
         self._sign.set()
+        self.announced.set()
 
 
 def _whole(topic: str, body: bytes, payload: Payload | None) -> bytes:

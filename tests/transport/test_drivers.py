@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 
@@ -10,7 +12,8 @@ import pytest
 
 from fedbio.errors import MachineError, SettingsError
 from fedbio.transport import Credentials, Limits
-from fedbio.transport.drivers import Connection, ConnectionClosed, Driver, Listener, load
+from fedbio.transport.drivers import Connection, ConnectionClosed, Driver, Lane, Listener, load
+from fedbio.transport.frames import Kind, decode, encode
 
 from .conftest import Inbox
 
@@ -41,7 +44,7 @@ def ends(driver: Driver, listener: Listener, credentials: Kit, inbox: Inbox) -> 
 
 
 def test_frames_arrive_whole_and_in_order_both_ways(ends: tuple[Connection, Connection]) -> None:
-    frames = [os.urandom(size) for size in (1, 24, 1000, (1 << 20) + 24)]
+    frames = [encode(Kind.CHUNK, 1, number, os.urandom(size)) for number, size in enumerate((0, 1, 1_000, 1 << 20, 5))]
     for writer, reader in (ends, ends[::-1]):
         for frame in frames:
             writer.write(frame)
@@ -54,13 +57,13 @@ def test_peer_is_known_by_its_certificate(ends: tuple[Connection, Connection]) -
 
 def test_small_frame_overtakes_bulk_frames(ends: tuple[Connection, Connection]) -> None:
     here, there = ends
-    bulk = b"b" * (1 << 20)
-    writer = threading.Thread(target=lambda: [here.write(bulk, bulk=True) for _ in range(64)])
+    bulk, small = encode(Kind.CHUNK, 1, 0, bytes(1 << 20)), encode(Kind.PING)
+    writer = threading.Thread(target=lambda: [here.write(bulk, Lane.BULK) for _ in range(64)])
     writer.start()
     there.read()
-    here.write(b"small")
+    here.write(small)
     read = 1
-    while there.read() != b"small":
+    while there.read() != small:
         read += 1
     # what is in flight below us may still be ahead of it, never the whole model
     assert read < 40
@@ -72,10 +75,11 @@ def test_small_frame_overtakes_bulk_frames(ends: tuple[Connection, Connection]) 
 def test_bulk_writer_waits_for_the_reader(ends: tuple[Connection, Connection]) -> None:
     here, there = ends
     written: list[int] = []
+    bulk = encode(Kind.CHUNK, 1, 0, bytes(1 << 20))
 
     def write() -> None:
         for number in range(100):
-            here.write(bytes(1 << 20), bulk=True)
+            here.write(bulk, Lane.BULK)
             written.append(number)
 
     writer = threading.Thread(target=write)
@@ -88,20 +92,26 @@ def test_bulk_writer_waits_for_the_reader(ends: tuple[Connection, Connection]) -
     writer.join(5)
 
 
+def test_lazy_frame_leaves_by_itself_soon(ends: tuple[Connection, Connection]) -> None:
+    here, there = ends
+    here.write(encode(Kind.PONG), Lane.LAZY)
+    assert decode(there.read()).kind == Kind.PONG
+
+
 def test_close_lets_what_was_written_leave(ends: tuple[Connection, Connection]) -> None:
     here, there = ends
     for number in range(10):
-        here.write(bytes([number]) * 1000)
+        here.write(encode(Kind.MESSAGE, number))
     here.close()
-    assert [there.read()[0] for _ in range(10)] == list(range(10))
+    assert [decode(there.read()).stream for _ in range(10)] == list(range(10))
     with pytest.raises(ConnectionClosed):
         there.read()
     with pytest.raises(ConnectionClosed):
-        there.write(b"x")
+        there.write(encode(Kind.PING))
     with pytest.raises(ConnectionClosed):
         here.read()
     with pytest.raises(ConnectionClosed):
-        here.write(b"x")
+        here.write(encode(Kind.PING))
 
 
 def test_abort_ends_both_ends_at_once(ends: tuple[Connection, Connection]) -> None:
@@ -127,6 +137,17 @@ def test_port_in_use_is_named(driver: Driver, listener: Listener, credentials: K
     port = listener.address.rpartition(":")[2]
     with pytest.raises(MachineError, match=f"port {port} is in use"):
         driver.listen(listener.address, credentials("server"), Limits())
+
+
+def test_connection_that_never_finishes_tls_is_ended(credentials: Kit) -> None:
+    listener = load("grpc").listen("127.0.0.1:0", credentials("server"), Limits(handshake_s=0.5))
+    listener.start(lambda connection: None)
+    host, _, port = listener.address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as slow:
+        slow.sendall(b"\x16\x03\x01")  # a TLS record that never goes on
+        with contextlib.suppress(ConnectionResetError):
+            assert slow.recv(100) == b""
+    listener.close()
 
 
 def test_unknown_driver_is_refused_with_those_known() -> None:

@@ -459,6 +459,33 @@ def test_stream_that_stalls_is_given_up(federation: Federation) -> None:
     raw.abort()
 
 
+def test_arrival_is_told_before_the_first_message(kits: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def arrive(name: str, here: bool) -> None:
+        if here:
+            server.send(name, "welcome")  # a callback may send
+            time.sleep(0.2)
+            told.append("arrival")
+
+    server = ServerEndpoint(
+        "127.0.0.1:0",
+        Credentials.from_kit(kits / "server"),
+        spool=tmp_path,
+        on_message=lambda message: told.append(message.topic),
+        on_peer=arrive,
+    )
+    at_site = Inbox()
+    with (
+        server,
+        SiteEndpoint(server.address, Credentials.from_kit(kits / "site-1"), spool=tmp_path, on_message=at_site) as site,
+    ):
+        site.send("first")
+        assert received(at_site).topic == "welcome"
+        eventually(lambda: len(told) == 2)
+        assert told == ["arrival", "first"]
+
+
 def test_messages_that_nobody_handles_are_bounded(federation: Federation) -> None:
     federation.server.close()
     gate = threading.Event()

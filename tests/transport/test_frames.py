@@ -7,7 +7,7 @@ import zlib
 import pytest
 
 from fedbio.errors import ProtocolError
-from fedbio.transport.frames import HEADER_BYTES, MAX_PAYLOAD_BYTES, Frame, Kind, decode, encode
+from fedbio.transport.frames import HEADER_BYTES, MAX_PAYLOAD_BYTES, Frame, Kind, decode, encode, split
 
 
 def sealed(fields: bytes, payload: bytes = b"") -> bytes:
@@ -66,3 +66,16 @@ def test_random_bytes_are_refused() -> None:
     for _ in range(2_000):
         with pytest.raises(ProtocolError):
             decode(b"FBIO" + dice.randbytes(dice.randrange(HEADER_BYTES * 2)))
+
+
+def test_frames_that_travel_together_are_told_apart() -> None:
+    frames = [encode(Kind.PING), encode(Kind.MESSAGE, 1, 0, b"abc"), encode(Kind.ACCEPTED, 4)]
+    assert split(b"".join(frames)) == frames
+    assert split(frames[1]) == frames[1:2]
+
+
+@pytest.mark.parametrize("joined", [b"", b"x", encode(Kind.PING)[:-1], encode(Kind.PING) + b"rest"])
+def test_what_is_no_sound_sequence_stays_whole_and_is_refused(joined: bytes) -> None:
+    assert split(joined) == [joined]
+    with pytest.raises(ProtocolError):
+        decode(joined)

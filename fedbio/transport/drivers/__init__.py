@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Connection", "ConnectionClosed", "Driver", "Listener", "load"]
+__all__ = ["Connection", "ConnectionClosed", "Driver", "Lane", "Listener", "load"]
 
 import importlib
 
 from fedbio.errors import SettingsError
-from fedbio.transport.drivers.base import Connection, ConnectionClosed, Driver, Listener
+from fedbio.transport.drivers.base import Connection, ConnectionClosed, Driver, Lane, Listener
 
 DRIVERS = {"grpc": "fedbio.transport.drivers.grpc:GrpcDriver", "memory": "fedbio.transport.drivers.memory:MemoryDriver"}
 

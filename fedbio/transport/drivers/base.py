@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["Connection", "ConnectionClosed", "Driver", "Listener"]
+__all__ = ["Connection", "ConnectionClosed", "Driver", "Lane", "Listener"]
 
+import collections
+import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from fedbio.errors import PeerUnreachable
 from fedbio.transport.credentials import Credentials
+from fedbio.transport.frames import split
 from fedbio.transport.limits import Limits
 
 
@@ -16,25 +19,40 @@ class ConnectionClosed(PeerUnreachable):
     """The connection has ended, from either end or between; another one may be dialled."""
 
 
+class Lane(enum.Enum):
+    """How a frame travels beside others."""
+
+    URGENT = enum.auto()
+    """Ahead of bulk frames, without waiting."""
+    LAZY = enum.auto()
+    """As urgent, but it may wait a moment for another frame to leave with."""
+    BULK = enum.auto()
+    """When the link is ready for it, in order among its like."""
+
+
 class Connection(ABC):
     """Two opposite flows of frames. One thread reads; any number of threads write."""
 
-    peer: str
-    """The other end's name as its certificate gives it; empty at the dialling end, which has checked the host."""
-    address: str
-    """Where the other end is, for messages."""
+    def __init__(self, peer: str, address: str) -> None:
+        self.peer = peer
+        """The other end's name as its certificate gives it; empty at the dialling end, which has checked the host."""
+        self.address = address
+        """Where the other end is, for messages."""
+        self._arrived: collections.deque[bytes] = collections.deque()
 
-    @abstractmethod
     def read(self) -> bytes:
         """Wait for the next frame; raise `ConnectionClosed` when there will be none."""
+        if not self._arrived:
+            self._arrived.extend(split(self._receive()))
+        return self._arrived.popleft()
 
     @abstractmethod
-    def write(self, frame: bytes, *, bulk: bool = False) -> None:
-        """Pass a frame on; raise `ConnectionClosed` if it cannot be.
+    def _receive(self) -> bytes:
+        """Wait for the next bytes of the other end's outbox: one frame, or small ones that travelled together."""
 
-        Bulk frames wait until the link is ready for them and keep their order among themselves; other frames go
-        ahead of them and do not wait.
-        """
+    @abstractmethod
+    def write(self, frame: bytes, lane: Lane = Lane.URGENT) -> None:
+        """Pass a frame on; raise `ConnectionClosed` if it cannot be. Only bulk frames make the writer wait."""
 
     @abstractmethod
     def close(self) -> None:

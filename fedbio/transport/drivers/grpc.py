@@ -6,6 +6,7 @@ __all__ = ["GrpcDriver"]
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 import grpc
 
 from fedbio.transport.credentials import Credentials
-from fedbio.transport.drivers.base import Connection, ConnectionClosed, Driver, Listener
+from fedbio.transport.drivers.base import Connection, ConnectionClosed, Driver, Lane, Listener
 from fedbio.transport.drivers.outbox import Outbox
 from fedbio.transport.drivers.tls import diagnose, why_not_bound
 from fedbio.transport.frames import MAX_FRAME_BYTES
@@ -44,13 +45,12 @@ class _GrpcConnection(Connection):
     def __init__(
         self, peer: str, address: str, incoming: Iterator[bytes], outbox: Outbox, cancel: Callable[[], Any]
     ) -> None:
-        self.peer = peer
-        self.address = address
+        super().__init__(peer, address)
         self._incoming = incoming
         self._outbox = outbox
         self._cancel = cancel
 
-    def read(self) -> bytes:
+    def _receive(self) -> bytes:
         try:
             return next(self._incoming)
         except StopIteration:
@@ -62,8 +62,8 @@ class _GrpcConnection(Connection):
         self._outbox.close(reason, drop=True)
         raise ConnectionClosed(self._outbox.reason)
 
-    def write(self, frame: bytes, *, bulk: bool = False) -> None:
-        self._outbox.put(frame, bulk=bulk)
+    def write(self, frame: bytes, lane: Lane = Lane.URGENT) -> None:
+        self._outbox.put(frame, lane)
 
     def close(self) -> None:
         self._outbox.close("closed here", drop=False)
@@ -84,9 +84,9 @@ class _ClientConnection(_GrpcConnection):
         super().__init__("", address, call, outbox, call.cancel)
         self._channel = channel
 
-    def read(self) -> bytes:
+    def _receive(self) -> bytes:
         try:
-            return super().read()
+            return super()._receive()
         except ConnectionClosed:
             self._channel.close()
             raise
@@ -174,6 +174,7 @@ class GrpcDriver(Driver):
         return _GrpcListener(address, credentials, limits)
 
     def dial(self, address: str, credentials: Credentials, timeout_s: float) -> Connection:
+        started = time.monotonic()
         ca, certificate, key = credentials.read()
         channel = grpc.secure_channel(
             address,
@@ -200,4 +201,5 @@ class GrpcDriver(Driver):
         channel.close()
         if code == grpc.StatusCode.CANCELLED:
             raise ConnectionClosed(f"no answer within {timeout_s:.0f} s")
-        raise ConnectionClosed(diagnose(address, credentials, timeout_s) or details or str(code))
+        left = max(0.5, timeout_s - (time.monotonic() - started))
+        raise ConnectionClosed(diagnose(address, credentials, left) or details or str(code))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from fedbio.errors import MachineError
 from fedbio.transport.credentials import Credentials
-from fedbio.transport.drivers.base import Connection, ConnectionClosed, Driver, Listener
+from fedbio.transport.drivers.base import Connection, ConnectionClosed, Driver, Lane, Listener
 from fedbio.transport.drivers.outbox import Outbox
 from fedbio.transport.limits import Limits
 
@@ -21,20 +21,19 @@ _ports = itertools.count(1)
 
 class _MemoryConnection(Connection):
     def __init__(self, peer: str, address: str, incoming: Outbox, outgoing: Outbox) -> None:
-        self.peer = peer
-        self.address = address
+        super().__init__(peer, address)
         self._incoming = incoming
         self._outgoing = outgoing
 
-    def read(self) -> bytes:
-        frame = self._incoming.take()
-        if frame is None:
+    def _receive(self) -> bytes:
+        frames = self._incoming.take()
+        if frames is None:
             self._outgoing.close("closed by the peer", drop=True)
             raise ConnectionClosed(self._outgoing.reason)
-        return frame
+        return frames
 
-    def write(self, frame: bytes, *, bulk: bool = False) -> None:
-        self._outgoing.put(frame, bulk=bulk)
+    def write(self, frame: bytes, lane: Lane = Lane.URGENT) -> None:
+        self._outgoing.put(frame, lane)
 
     def close(self) -> None:
         self._outgoing.close("closed here", drop=False)

@@ -7,7 +7,7 @@ __all__ = ["Outbox"]
 import collections
 import threading
 
-from fedbio.transport.drivers.base import ConnectionClosed
+from fedbio.transport.drivers.base import ConnectionClosed, Lane
 
 BULK_FRAMES = 2
 """Bulk frames queued at most: one on the link, one ready; more would only delay what is urgent."""
@@ -16,8 +16,15 @@ URGENT_FRAMES = 1024
 """Urgent frames queued at most: a peer that reads none of so many is as good as gone."""
 
 
+JOINED_BYTES = 64 << 10
+"""Urgent frames leave together up to this size."""
+
+LINGER_S = 0.0005
+"""Seconds that a lazy frame waits for another one to leave with."""
+
+
 class Outbox:
-    """Two lanes: urgent frames leave first, bulk frames wait for their turn."""
+    """Urgent frames leave first and together, lazy ones with the next, bulk frames wait for their turn."""
 
     def __init__(self) -> None:
         self._urgent: collections.deque[bytes] = collections.deque()
@@ -25,6 +32,7 @@ class Outbox:
         self._lock = threading.Lock()
         self._filled = threading.Condition(self._lock)
         self._drained = threading.Condition(self._lock)
+        self._hurry = False
         self._reason: str | None = None
 
     @property
@@ -32,8 +40,9 @@ class Outbox:
         """Why no more frames are taken; None while they are."""
         return self._reason
 
-    def put(self, frame: bytes, *, bulk: bool) -> None:
+    def put(self, frame: bytes, lane: Lane) -> None:
         """Queue a frame; a bulk one waits while the bulk lane is full."""
+        bulk = lane is Lane.BULK
         with self._lock:
             while bulk and len(self._bulk) >= BULK_FRAMES and self._reason is None:
                 self._drained.wait()
@@ -42,19 +51,38 @@ class Outbox:
             if self._reason is not None:
                 raise ConnectionClosed(self._reason)
             (self._bulk if bulk else self._urgent).append(frame)
+            self._hurry = self._hurry or lane is not Lane.LAZY
             self._filled.notify()
 
     def take(self) -> bytes | None:
-        """Wait for the next frame to send; None after `close`, once all that was queued is out."""
+        """Wait for the next frames to send, joined; None after `close`, once all that was queued is out.
+
+        Small frames that are ready together leave together: a message costs the link far more than its bytes do.
+        """
         with self._lock:
             while not self._urgent and not self._bulk:
                 if self._reason is not None:
                     return None
                 self._filled.wait()
+            if not self._hurry and self._reason is None:
+                self._filled.wait(LINGER_S)
+            self._hurry = bool(self._bulk)
             if self._urgent:
-                return self._urgent.popleft()
+                return self._join_urgent()
             self._drained.notify()
+            self._hurry = bool(self._bulk)
             return self._bulk.popleft()
+
+    def _join_urgent(self) -> bytes:
+        first = self._urgent.popleft()
+        if not self._urgent:
+            return first
+        joined = [first]
+        size = len(first)
+        while self._urgent and (size := size + len(self._urgent[0])) <= JOINED_BYTES:
+            joined.append(self._urgent.popleft())
+        self._hurry = self._hurry or bool(self._urgent)
+        return b"".join(joined)
 
     def close(self, reason: str, *, drop: bool) -> None:
         """Take no more frames; keep those queued unless told to drop them."""
