@@ -293,15 +293,21 @@ class Desk:
         self._senders.submit(push)
 
     def _deliver(self, site: str, open_task: _OpenTask) -> None:
+        with self._changed:
+            presence = self._sites[site]
+
+        def is_over() -> bool:
+            # a site that has gone is pushed the task when it joins again
+            waits = site in open_task.pending and open_task.task.id in self._open
+            return not waits or self._sites[site] is not presence
+
         while True:
             try:
                 return self._post(site, open_task.body, open_task.payload)
             except TransportError as error:
                 log.info("task not delivered site=%s task=%s reason=%s", site, open_task.task.name, error)
             with self._changed:
-                self._changed.wait(RETRY_S)
-                # a site that has gone is pushed the task when it joins again
-                if site not in open_task.pending or not self._sites[site].here or open_task.task.id not in self._open:
+                if self._changed.wait_for(is_over, RETRY_S):
                     return None
 
 

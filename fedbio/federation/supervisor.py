@@ -84,6 +84,11 @@ class Process:
                     print(f"{self.name} | {text}", file=stream, flush=True)
         return bool(chunk)
 
+    def close(self) -> None:
+        """Close its output."""
+        if self.popen is not None and self.popen.stdout is not None:
+            self.popen.stdout.close()
+
     def signal(self, number: int) -> None:
         """Send a signal to it and to what it has started."""
         if self.popen is not None and self.popen.poll() is None:
@@ -107,6 +112,8 @@ def supervise(processes: Sequence[Process], environment: Mapping[str, str], stre
         finally:
             _end(processes)
             _relay(selector, stream, 0.0)
+            for process in processes:
+                process.close()
     culprit = _culprit(processes)
     if culprit is not None:
         raise _failure(culprit)

@@ -1,0 +1,154 @@
+"""Answers that may not count, and tasks that are pushed again."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedbio.errors import FederationError, PeerUnreachable
+from fedbio.federation import FLModel, Result, Task
+from fedbio.federation.acceptance import Expectation
+from fedbio.federation.desk import Desk
+from fedbio.federation.messages import Join
+from fedbio.federation.model import decode
+from fedbio.results import EventLog
+
+ANYTHING = Expectation()
+
+
+class Mail:
+    """Stands for the transport: notes what is sent, and answers if told to."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, str]] = []
+        self.broken: set[str] = set()
+        self.arrived = threading.Condition()
+
+    def post(self, site: str, body: bytes, payload: Any) -> None:
+        with self.arrived:
+            self.sent.append((site, decode(Task, body, {}).id))
+            self.arrived.notify_all()
+        if site in self.broken:
+            raise PeerUnreachable(f"{site} is not connected")
+
+    def wait_for(self, count: int) -> None:
+        with self.arrived:
+            assert self.arrived.wait_for(lambda: len(self.sent) >= count, 10)
+
+
+@pytest.fixture
+def mail() -> Mail:
+    return Mail()
+
+
+@pytest.fixture
+def desk(tmp_path: Path, mail: Mail) -> Iterator[Desk]:
+    events = EventLog(tmp_path, "server")
+    made = Desk(["site-1", "site-2"], mail.post, events)
+    yield made
+    made.close()
+    events.close()
+
+
+def ask(desk: Desk, task: Task, sites: list[str], **options: Any) -> tuple[threading.Thread, list[Any]]:
+    found: list[Any] = []
+    options = {"min_responses": len(sites), "deadline_s": 10.0, **options}
+
+    def run() -> None:
+        try:
+            found.append(desk.ask(task, sites, ANYTHING, **options))
+        except FederationError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, found
+
+
+def reasons(tmp_path: Path) -> list[tuple[str, str]]:
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    return [(each["site"], each["reason"]) for each in lines if each["event"] == "result refused"]
+
+
+def test_results_are_sorted_by_site_whatever_their_order(desk: Desk, mail: Mail) -> None:
+    for site in desk.expected:
+        desk.joined(site, Join(version="0"))
+    thread, found = ask(desk, Task(name="train", model=FLModel(), id="1"), ["site-1", "site-2"])
+    mail.wait_for(2)
+    desk.answered(Result(task="1", site="site-2"))
+    desk.answered(Result(task="1", site="site-1"))
+    thread.join(10)
+    assert [each.site for each in found[0]] == ["site-1", "site-2"]
+
+
+def test_answers_unasked_twice_or_late_are_refused(desk: Desk, mail: Mail, tmp_path: Path) -> None:
+    for site in desk.expected:
+        desk.joined(site, Join(version="0"))
+    thread, _ = ask(desk, Task(name="train", model=FLModel(), id="1"), ["site-1"])
+    mail.wait_for(1)
+    desk.answered(Result(task="1", site="site-2"))
+    desk.answered(Result(task="other", site="site-1"))
+    desk.answered(Result(task="1", site="site-1"))
+    thread.join(10)
+    desk.answered(Result(task="1", site="site-1"))
+    assert reasons(tmp_path) == [
+        ("site-2", "it was not asked"),
+        ("site-1", "its task is not open"),
+        ("site-1", "its task is not open"),
+    ]
+
+
+def test_second_answer_to_an_open_task_is_refused(desk: Desk, mail: Mail, tmp_path: Path) -> None:
+    for site in desk.expected:
+        desk.joined(site, Join(version="0"))
+    thread, found = ask(desk, Task(name="train", model=FLModel(), id="1"), ["site-1", "site-2"])
+    mail.wait_for(2)
+    desk.answered(Result(task="1", site="site-1", model=FLModel(metrics={"loss": 1.0})))
+    desk.answered(Result(task="1", site="site-1", model=FLModel(metrics={"loss": 9.0})))
+    desk.answered(Result(task="1", site="site-2"))
+    thread.join(10)
+    assert found[0][0].model.metrics == {"loss": 1.0}
+    assert reasons(tmp_path) == [("site-1", "it has answered already")]
+
+
+def test_task_is_pushed_again_when_a_site_comes_back(desk: Desk, mail: Mail) -> None:
+    desk.joined("site-1", Join(version="0"))
+    mail.broken.add("site-1")
+    thread, found = ask(desk, Task(name="train", model=FLModel(), id="1"), ["site-1"])
+    mail.wait_for(1)
+    desk.gone("site-1")
+    mail.broken.clear()
+    desk.joined("site-1", Join(version="0"))
+    mail.wait_for(2)
+    desk.answered(Result(task="1", site="site-1"))
+    thread.join(10)
+    assert found[0][0].site == "site-1"
+    assert mail.sent == [("site-1", "1"), ("site-1", "1")]
+
+
+def test_deadline_with_enough_results_goes_on_and_without_names_the_missing(desk: Desk, mail: Mail) -> None:
+    for site in desk.expected:
+        desk.joined(site, Join(version="0"))
+    for least, expected in ((1, list), (2, FederationError)):
+        task = Task(name="train", model=FLModel(), job="study")
+        thread, found = ask(desk, task, ["site-1", "site-2"], min_responses=least, deadline_s=0.5)
+        mail.wait_for(2 * least)
+        desk.answered(Result(task=task.id, site="site-1"))
+        thread.join(10)
+        assert isinstance(found[0], expected)
+    assert "1 of 2 sites have answered, 2 are needed; site-2: has not answered" in str(found[0])
+
+
+def test_gone_site_is_named_with_the_time_that_it_is_gone(desk: Desk, mail: Mail) -> None:
+    desk.joined("site-1", Join(version="0"))
+    thread, found = ask(desk, Task(name="train", model=FLModel()), ["site-1"], deadline_s=0.5)
+    mail.wait_for(1)
+    desk.gone("site-1")
+    thread.join(10)
+    assert re.search(r"site-1: is gone since \d s", str(found[0]))
