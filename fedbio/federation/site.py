@@ -33,6 +33,12 @@ SAVE_EVERY_S = 5.0
 SEND_TRIES = 3
 """How often a result is sent over one connection; after a break the server asks for it again."""
 
+GOODBYE_S = 10.0
+"""Seconds for a last word to a server that may have left already."""
+
+TENSOR_KINDS = ("model", "sums")
+"""Kinds in the ledger that are tensors; an answer without any is only the numbers beside them."""
+
 LIBRARIES = ("grpcio", "h5py", "msgspec", "numpy", "torch")
 """Whose versions go into the site's record."""
 
@@ -102,6 +108,7 @@ class Site:
         self._lock = threading.Lock()
         self._taken: set[str] = set()
         self._over = False
+        self._told_to_stop = False
         self._answer: _Answer | None = None
         self._failure: FedbioError | None = None
         self._saved = 0.0
@@ -133,7 +140,7 @@ class Site:
                 try:
                     while self._handle(self._next()):
                         pass
-                    self._send(messages.BYE, b"", None, "control")
+                    self._say_goodbye()
                 finally:
                     self._over = True
             party.finish(LIBRARIES)
@@ -175,6 +182,8 @@ class Site:
         self._ready.wait()
         if self._over:
             return None
+        # known at once, also in the middle of a task: the server does not wait for its answer any more
+        self._told_to_stop |= received.topic in (messages.END, messages.ABORT)
         if received.topic != messages.TASK:
             return self._inbox.put(received)
         try:
@@ -232,7 +241,9 @@ class Site:
             executor = self.executors.get(task.name)
             result = self._result(task, executor)
             body, tensors = encode(result)
-            kind = executor.leaves if executor is not None and result.status is Status.DONE else "control"
+            kind = "control" if executor is None or result.status is not Status.DONE else executor.leaves
+            if not tensors and kind in TENSOR_KINDS:
+                kind = "metrics"
             self._answer = _Answer(task.id, body, TensorPayload(tensors) if tensors else None, kind)
             self._reply(self._answer)
         with self._lock:
@@ -281,6 +292,8 @@ class Site:
 
     def _reply(self, answer: _Answer) -> None:
         for _ in range(SEND_TRIES):
+            if self._told_to_stop:
+                return None
             try:
                 return self._send(messages.RESULT, answer.body, answer.payload, answer.kind)
             except TransportError as error:
@@ -288,13 +301,21 @@ class Site:
                 self._endpoint.wait(1.0)
         return None
 
-    def _send(self, topic: str, body: bytes, payload: Payload | None, kind: str) -> None:
+    def _say_goodbye(self) -> None:
+        try:
+            self._send(messages.BYE, b"", None, "control", timeout_s=GOODBYE_S)
+        except TransportError as error:
+            log.info("the server has left first reason=%s", error)
+
+    def _send(
+        self, topic: str, body: bytes, payload: Payload | None, kind: str, timeout_s: float | None = None
+    ) -> None:
         if payload is None:
             self._party.ledger.add(kind, len(body), topic=topic)
         else:
             self._party.ledger.add("metrics", len(body), topic=topic)
             self._party.ledger.add(kind, payload.size, topic=topic)
-        self._endpoint.send(topic, body, payload)
+        self._endpoint.send(topic, body, payload, timeout_s)
 
     def _keep_file(self, received: Received) -> None:
         """Keep a file that the server streamed, if it is what it is said to be."""

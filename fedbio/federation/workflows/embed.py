@@ -21,7 +21,7 @@ class Embed(Controller):
 
     def __init__(self, runtime: Runtime, job: EmbedJob) -> None:
         super().__init__(runtime)
-        self.encoder = job.encoder
+        self.encoder, self.classes = job.encoder, tuple(job.classes)
 
     def run(self) -> None:
         """Embed at every site, and hold all of them to one encoder."""
@@ -32,6 +32,7 @@ class Embed(Controller):
             sha256=self.encoder.sha256,
             dtype=self.encoder.dtype,
             long=self.encoder.long,
+            classes=self.classes,
             files=tuple(WeightsFile(path.name, sha256_file(path), path.stat().st_size) for path in files),
         )
         if files:

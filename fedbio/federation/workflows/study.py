@@ -58,6 +58,7 @@ class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str | None
     dtype: Literal["auto", "float32", "bfloat16"]
     long: Literal["cut", "window"]
+    classes: tuple[str, ...] = COMPARTMENTS
     files: tuple[WeightsFile, ...] = ()
 
     @property
