@@ -146,6 +146,8 @@ class EmbedJob(_Settings):
     name: PartyName = "embed"
     workflow: Literal["embed"]
     encoder: EncoderSettings = EncoderSettings()
+    classes: Annotated[list[str], Field(min_length=2), AfterValidator(_no_twins)] = list(COMPARTMENTS)
+    """Labels outside them are errors, which a site hears of before it embeds."""
 
 
 class ClassifyJob(_Settings):
@@ -251,7 +253,7 @@ class RunSettings(_Settings):
     def jobs(self) -> JobsFile:
         """Return the jobs of this run as the server reads them."""
         jobs: list[EmbedJob | ClassifyJob | ProjectionJob] = [
-            EmbedJob(workflow="embed", encoder=self.encoder),
+            EmbedJob(workflow="embed", encoder=self.encoder, classes=self.classes),
             ClassifyJob(workflow="classify", classes=self.classes, training=self.training),
         ]
         if self.report.map:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedbio.compartments import COMPARTMENTS
 from fedbio.errors import DataError
 from fedbio.progress import Progress
 from fedbio.proteins import Protein, ReadCounts
@@ -69,6 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help=FILE_HELP)
     parser.add_argument("--labels", type=Path, metavar="CSV", help="table with the columns id and target")
+    parser.add_argument("--classes", metavar="A,B", help="the labels that are known (default: the ten compartments)")
     parser.add_argument("--skip-invalid", action="store_true", help="leave wrong records out instead of stopping")
 
 
@@ -106,11 +108,17 @@ def _fetch(args: argparse.Namespace) -> dict[str, Any]:
     return {"name": args.name, "path": str(path), "sha256": None if path.is_dir() else sha256_file(path)}
 
 
+def _classes(args: argparse.Namespace) -> Sequence[str]:
+    return [name.strip() for name in args.classes.split(",")] if args.classes else COMPARTMENTS
+
+
 def _check(args: argparse.Namespace) -> dict[str, Any]:
     from fedbio.proteins import read
 
     counts = ReadCounts()
-    description = _describe(read(args.file, labels=args.labels, skip_invalid=True, counts=counts))
+    description = _describe(
+        read(args.file, labels=args.labels, classes=_classes(args), skip_invalid=True, counts=counts)
+    )
     description = {"file": str(args.file), "residues": counts.residues, **description, **_leniencies(counts)}
     if not args.json:
         _print_description(description)
@@ -213,7 +221,14 @@ def _split(args: argparse.Namespace) -> dict[str, Any]:
     names = _site_names(args)
     counts = ReadCounts()
     proteins = list(
-        read(args.file, labels=args.labels, require_labels=True, skip_invalid=args.skip_invalid, counts=counts)
+        read(
+            args.file,
+            labels=args.labels,
+            classes=_classes(args),
+            require_labels=True,
+            skip_invalid=args.skip_invalid,
+            counts=counts,
+        )
     )
     if args.limit is not None:
         proteins = sample(proteins, args.limit, args.seed)

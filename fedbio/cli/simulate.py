@@ -65,7 +65,7 @@ def _deal_out(settings: RunSettings, output: Path, data: Path) -> None:
     labels = ["--labels", settings.labels] if settings.labels else []
     _data(
         "split", proteins, "-o", data, "--names", ",".join(sites.names), "--by", sites.by, "--alpha", sites.alpha,
-        "--seed", sites.seed, *limit, *labels,
+        "--seed", sites.seed, "--classes", ",".join(settings.classes), *limit, *labels,
     )  # fmt: skip
 
 

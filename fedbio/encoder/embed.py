@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from fedbio.compartments import COMPARTMENTS
 from fedbio.embeddings import Embeddings, EmbeddingsWriter, check_same_encoder, write_embeddings
 from fedbio.encoder.packs import Plan
 from fedbio.encoder.rows import Assembly, KnownRows
@@ -72,6 +73,7 @@ def embed_file(
     label: str = "embedding",
     skip_invalid: bool = False,
     labels: StrPath | None = None,
+    classes: Sequence[str] = COMPARTMENTS,
 ) -> EmbedReport:
     """Embed every protein of a file; a call that was broken off goes on where it was.
 
@@ -100,7 +102,7 @@ def embed_file(
         An embeddings file of the same encoder whose rows are taken for the sequences that it holds.
     label : str
         What the progress line says.
-    skip_invalid, labels
+    skip_invalid, labels, classes
         Passed to `fedbio.proteins.read`.
 
     Returns
@@ -119,7 +121,7 @@ def embed_file(
     started = time.perf_counter()
     target = Path(output)
     setup = Setup(EncoderChoice(encoder, seed, expected_sha256, dtype, device, long, batch_residues, threads))
-    proteins = Source(source, labels=labels, skip_invalid=skip_invalid)
+    proteins = Source(source, labels=labels, classes=classes, skip_invalid=skip_invalid)
     longer = proteins.longer_than(setup.info.max_residues)
     if longer:
         what = "cut to" if long == "cut" else "averaged over windows of"

@@ -6,11 +6,13 @@ __all__ = ["BATCH_RESIDUES", "EncoderChoice", "Setup", "Source", "StrPath"]
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from fedbio.compartments import COMPARTMENTS
 from fedbio.embeddings import Embeddings, sequence_digest
 from fedbio.encoder.checkpoint import load_encoder_weights
 from fedbio.encoder.inference import Inference, choose_device, choose_dtype
@@ -31,12 +33,19 @@ BATCH_RESIDUES = {"cpu": 2048, "cuda": 65_536}
 class Source:
     """The proteins of a file as inference wants them: ids, lengths, digests, and each distinct sequence once."""
 
-    def __init__(self, path: StrPath, *, labels: StrPath | None = None, skip_invalid: bool = False) -> None:
+    def __init__(
+        self,
+        path: StrPath,
+        *,
+        labels: StrPath | None = None,
+        classes: Sequence[str] = COMPARTMENTS,
+        skip_invalid: bool = False,
+    ) -> None:
         self.ids: list[str] = []
         self.lengths: list[int] = []
         self.digests: list[bytes] = []
         self.sequences: dict[bytes, bytes] = {}
-        for protein in read(path, labels=labels, skip_invalid=skip_invalid):
+        for protein in read(path, labels=labels, classes=classes, skip_invalid=skip_invalid):
             digest = sequence_digest(protein.sequence)
             self.ids.append(protein.id)
             self.lengths.append(len(protein.sequence))

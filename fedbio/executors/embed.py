@@ -56,6 +56,7 @@ class Embed(Executor):
             threads=context.threads,
             reuse=context.reuse,
             labels=context.labels,
+            classes=spec.classes,
         )
         context.record.encoder = report.encoder
         return FLModel(

@@ -141,3 +141,12 @@ def test_split_refuses_what_cannot_be_trained_on(
 def test_site_names_stay_inside_the_folder(tmp_path: Path, demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "split", str(demo), "--names", "a,../b", "-o", str(tmp_path / "sites")]) == 2
     assert "'../b' cannot name a site and its file" in capsys.readouterr().err
+
+
+def test_other_classes_than_the_ten_are_taken_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "proteins.fasta"
+    path.write_text(">A TARGET=Soluble\nMKR\n>B TARGET=Membrane_bound SET=test\nMKK\n")
+    found = as_json(capsys, "check", path, "--classes", "Soluble,Membrane bound")
+    assert {row for row in found["classes"] if any(found["classes"][row].values())} == {"Soluble", "Membrane bound"}
+    assert main(["data", "check", str(path), "--classes", "Soluble,Membrane anchored"]) == 2
+    assert "did you mean 'Membrane anchored'?" in capsys.readouterr().err

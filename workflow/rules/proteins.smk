@@ -55,8 +55,10 @@ rule split_proteins:
         by=settings.sites.by,
         alpha=settings.sites.alpha,
         seed=settings.sites.seed,
+        classes=",".join(settings.classes),
         labels=["--labels", settings.labels] if settings.labels else [],
         limit=["--limit", str(settings.max_proteins)] if settings.max_proteins else [],
     shell:
         "fedbio data split {input.proteins:q} -o {params.folder} --names {params.names} --by {params.by:q}"
-        " --alpha {params.alpha} --seed {params.seed} {params.labels:q} {params.limit:q} 2>&1 | tee {log}"
+        " --alpha {params.alpha} --seed {params.seed} --classes {params.classes:q}"
+        " {params.labels:q} {params.limit:q} 2>&1 | tee {log}"
