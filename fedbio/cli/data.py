@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedbio.compartments import COMPARTMENTS
+from fedbio.compartments import named_classes
 from fedbio.errors import DataError
 from fedbio.progress import Progress
 from fedbio.proteins import Protein, ReadCounts
@@ -108,16 +108,12 @@ def _fetch(args: argparse.Namespace) -> dict[str, Any]:
     return {"name": args.name, "path": str(path), "sha256": None if path.is_dir() else sha256_file(path)}
 
 
-def _classes(args: argparse.Namespace) -> Sequence[str]:
-    return [name.strip() for name in args.classes.split(",")] if args.classes else COMPARTMENTS
-
-
 def _check(args: argparse.Namespace) -> dict[str, Any]:
     from fedbio.proteins import read
 
     counts = ReadCounts()
     description = _describe(
-        read(args.file, labels=args.labels, classes=_classes(args), skip_invalid=True, counts=counts)
+        read(args.file, labels=args.labels, classes=named_classes(args.classes), skip_invalid=True, counts=counts)
     )
     description = {"file": str(args.file), "residues": counts.residues, **description, **_leniencies(counts)}
     if not args.json:
@@ -224,7 +220,7 @@ def _split(args: argparse.Namespace) -> dict[str, Any]:
         read(
             args.file,
             labels=args.labels,
-            classes=_classes(args),
+            classes=named_classes(args.classes),
             require_labels=True,
             skip_invalid=args.skip_invalid,
             counts=counts,

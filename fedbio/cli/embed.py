@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from fedbio.compartments import named_classes
+
 EXAMPLE = "fedbio embed proteins.fasta -o proteins.h5 --encoder esm2_t6_8M_UR50D.pt"
 
 
@@ -32,6 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-residues", type=int, metavar="N", help="the most tokens in a pack")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all that are allowed)")
     parser.add_argument("--reuse", type=Path, metavar="EMB.h5", help="take rows of the same encoder from this file")
+    parser.add_argument("--classes", metavar="A,B", help="the labels that are known (default: the ten compartments)")
     parser.add_argument("--labels", type=Path, metavar="CSV", help="table of labels beside the proteins")
     parser.add_argument("--skip-invalid", action="store_true", help="leave wrong records out instead of stopping")
     parser.add_argument("--dry-run", action="store_true", help="only estimate time and memory, by a short measurement")
@@ -59,6 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         label=args.label,
         skip_invalid=args.skip_invalid,
         labels=args.labels,
+        classes=named_classes(args.classes),
     )
     if not args.json:
         print(f"{args.output}: {report.proteins:,} proteins, {report.residues:,} residues in {report.seconds:.1f} s")
@@ -79,7 +83,9 @@ def _estimate(args: argparse.Namespace) -> dict[str, Any]:
         batch_residues=args.batch_residues,
         threads=args.threads,
     )
-    estimate = estimate_file(args.source, choice, labels=args.labels, skip_invalid=args.skip_invalid)
+    estimate = estimate_file(
+        args.source, choice, labels=args.labels, classes=named_classes(args.classes), skip_invalid=args.skip_invalid
+    )
     if not args.json:
         print(
             f"{args.source}: {estimate.proteins:,} proteins, {estimate.residues:,} residues, "

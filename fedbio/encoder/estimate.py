@@ -6,12 +6,14 @@ __all__ = ["Estimate", "estimate_file", "operations"]
 
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedbio.compartments import COMPARTMENTS
 from fedbio.encoder.packs import ENDS
 from fedbio.encoder.setup import EncoderChoice, Setup, Source, StrPath
 from fedbio.results import EncoderInfo
@@ -52,7 +54,12 @@ class Estimate:
 
 
 def estimate_file(
-    source: StrPath, choice: EncoderChoice, *, labels: StrPath | None = None, skip_invalid: bool = False
+    source: StrPath,
+    choice: EncoderChoice,
+    *,
+    labels: StrPath | None = None,
+    classes: Sequence[str] = COMPARTMENTS,
+    skip_invalid: bool = False,
 ) -> Estimate:
     """Measure a few packs of a file and conclude on the whole; nothing is written.
 
@@ -61,11 +68,11 @@ def estimate_file(
     source : path-like
         Anything that `fedbio.proteins.read` reads.
     choice : EncoderChoice
-    labels, skip_invalid
+    labels, classes, skip_invalid
         Passed to `fedbio.proteins.read`.
     """
     setup = Setup(choice)
-    proteins = Source(source, labels=labels, skip_invalid=skip_invalid)
+    proteins = Source(source, labels=labels, classes=classes, skip_invalid=skip_invalid)
     sequences = list(proteins.sequences.values())
     plan = setup.plan(sequences)
     inference = setup.inference()
