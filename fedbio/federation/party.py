@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Party"]
+__all__ = ["UNFINISHED", "Party"]
 
 import contextlib
 import importlib.metadata

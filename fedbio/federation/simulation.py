@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["simulate"]
 
+import logging
 import os
 import shutil
 import socket
@@ -13,10 +14,14 @@ from pathlib import Path
 import yaml
 
 from fedbio.errors import SettingsError
+from fedbio.federation.party import UNFINISHED
 from fedbio.federation.supervisor import Process, supervise
 from fedbio.files import write_whole
 from fedbio.provision import provision
+from fedbio.results import PARTY_FILE, read_party
 from fedbio.settings import FederationFile, RunSettings
+
+log = logging.getLogger(__name__)
 
 SERVER = "server"
 
@@ -48,7 +53,11 @@ def simulate(settings: RunSettings, run: Path, data: Path) -> None:
     federation = {"federation": "simulation", "server": {"address": address}, "sites": settings.sites.names}
     provision(FederationFile.model_validate(federation), kits)
     jobs = kits / "jobs.yaml"
-    write_whole(jobs, yaml.safe_dump(settings.jobs().model_dump(mode="json"), sort_keys=False))
+    wanted = settings.jobs().model_dump(mode="json")
+    if _is_finished(run, [SERVER, *files], wanted):
+        log.info("nothing to do, every party has finished these jobs")
+        return
+    write_whole(jobs, yaml.safe_dump(wanted, sort_keys=False))
     # the port is free now, and may be another one than in a run that was broken off
     server = ["server", "--kit", kits / SERVER, "--jobs", jobs, "-o", run / SERVER, "--listen", address]
     threads = max(1, len(os.sched_getaffinity(0)) // settings.sites.count)
@@ -66,6 +75,12 @@ def simulate(settings: RunSettings, run: Path, data: Path) -> None:
 
 def _process(name: str, run: Path, arguments: list[object]) -> Process:
     return Process(name, [sys.executable, "-m", "fedbio", *map(str, arguments)], run / name / "log.txt")
+
+
+def _is_finished(run: Path, parties: list[str], jobs: dict[str, object]) -> bool:
+    if not all((run / party / PARTY_FILE).exists() and not (run / party / UNFINISHED).exists() for party in parties):
+        return False
+    return read_party(run / SERVER / PARTY_FILE).settings == jobs and (run / "global").exists()
 
 
 def _copy_model(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ __all__ = ["Process", "supervise"]
 import collections
 import contextlib
 import ctypes
+import math
 import os
 import selectors
 import signal
@@ -47,6 +48,7 @@ class Process:
     last: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=LAST_LINES))
     popen: subprocess.Popen[bytes] | None = None
     ended: float | None = None
+    stopped: bool = False
     _rest: bytes = b""
 
     def start(self, environment: Mapping[str, str]) -> IO[bytes]:
@@ -117,6 +119,11 @@ def supervise(processes: Sequence[Process], environment: Mapping[str, str], stre
     culprit = _culprit(processes)
     if culprit is not None:
         raise _failure(culprit)
+    if late := [process.name for process in processes if process.stopped]:
+        raise FederationError(
+            f"{', '.join(late)} did not end within {LEAVE_S:.0f} s after the others and had to be ended; "
+            f"see {', '.join(str(process.log) for process in processes if process.stopped)}"
+        )
 
 
 def _watch(processes: Sequence[Process], selector: selectors.BaseSelector, stream: TextIO) -> None:
@@ -145,6 +152,7 @@ def _relay(selector: selectors.BaseSelector, stream: TextIO, wait_s: float) -> N
 
 def _end(processes: Sequence[Process]) -> None:
     for process in processes:
+        process.stopped = process.popen is not None and process.code is None
         process.signal(signal.SIGTERM)
     deadline = time.monotonic() + STOP_S
     while any(process.popen and process.code is None for process in processes) and time.monotonic() < deadline:
@@ -157,10 +165,10 @@ def _end(processes: Sequence[Process]) -> None:
 
 def _culprit(processes: Sequence[Process]) -> Process | None:
     """Return who failed first by itself: a crash or a wrong input comes before one that only lost its peers."""
-    failed = [process for process in processes if process.code]
+    failed = [process for process in processes if process.code and not process.stopped]
     if not failed:
         return None
-    return min(failed, key=lambda process: (process.ended is None, process.code == 3, process.ended or 0.0))
+    return min(failed, key=lambda process: (process.code == 3, process.ended or math.inf))
 
 
 def _failure(culprit: Process) -> FedbioError:
