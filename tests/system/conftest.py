@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -102,6 +103,20 @@ class Parties:
         while text not in self.log(name):
             assert time.monotonic() < deadline, f"{text!r} is not in the log of {name}:\n{self.log(name)}"
             time.sleep(0.02)
+
+    def wait_for_round(self, seed: int, number: int, *, within_s: float = 90) -> None:
+        """Wait until the server has measured a round of the run with a seed."""
+        deadline = time.monotonic() + within_s
+        while (seed, number) not in self.rounds():
+            assert time.monotonic() < deadline, self.log("server")
+            time.sleep(0.02)
+
+    def rounds(self) -> list[tuple[int, int]]:
+        """Seed and number of every round that the server has measured."""
+        path = self.folder / "server" / "events.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        events = [json.loads(line) for line in lines if line.endswith("}")]
+        return [(each["seed"], each["round"]) for each in events if each["event"] == "round"]
 
     def end(self) -> None:
         for process in self.running:

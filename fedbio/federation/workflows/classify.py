@@ -30,6 +30,7 @@ from fedbio.federation.workflows.study import (
     read_meta,
     scores,
 )
+from fedbio.progress import Progress as ProgressLine
 from fedbio.results import FEDERATED, METRICS_COLUMNS, METRICS_FILE, EncoderInfo, Metric, write_table
 from fedbio.settings import ClassifyJob
 
@@ -55,15 +56,20 @@ class Classify(Controller):
         """Do the whole study; what was finished before a restart is not done again."""
         self.describe()
         self.standardize()
-        for hidden in self.training.mlps:
-            for seed in self.training.seeds:
-                self.compare(self.spec(hidden, seed))
+        specs = self.specs()
+        with ProgressLine("training", total=len(specs) * self.training.rounds, unit="rounds") as self.progress:
+            for spec in specs:
+                self.compare(spec)
         self.publish()
 
-    def spec(self, hidden: str, seed: int) -> RunSpec:
-        """Return what the sites need to know to train one classifier."""
+    def specs(self) -> list[RunSpec]:
+        """Return what the sites need to know to train each classifier from each seed."""
         chosen = self.training.model_dump(include=set(RunSpec.__struct_fields__))
-        return RunSpec(study=self.study, hidden=hidden, seed=seed, **chosen)
+        return [
+            RunSpec(study=self.study, hidden=hidden, seed=seed, **chosen)
+            for hidden in self.training.mlps
+            for seed in self.training.seeds
+        ]
 
     def describe(self) -> None:
         """Ask every site that has not told yet how many proteins of each class it has."""
@@ -110,8 +116,10 @@ class Classify(Controller):
     def compare(self, spec: RunSpec) -> None:
         """Train one classifier from one seed together and alone, and evaluate both on test proteins."""
         if self.state.noted(self.job, f"{spec.name} done", bool):
+            self.progress.advance(spec.rounds)
             return
         self.describe()
+        self.measured = 0
         with self.stage("train"):
             outcome = FedAvg(
                 self.runtime,
@@ -131,8 +139,9 @@ class Classify(Controller):
             self.evaluate(spec, outcome)
         self.state.note(self.job, f"{spec.name} done", True)
         self.write_metrics()
+        self.progress.advance(spec.rounds - self.measured)
         log.info(
-            "run finished mlp=%s seed=%d best_round=%d validation_accuracy=%s",
+            "trained mlp=%s seed=%d best_round=%d validation_accuracy=%s",
             spec.hidden, spec.seed, outcome.best_round, _shown(outcome.best_value),
         )  # fmt: skip
 
@@ -171,10 +180,9 @@ class Classify(Controller):
 
     def note_round(self, spec: RunSpec, metrics: RoundMetrics) -> None:
         """Note the means over all sites of one round."""
-        log.info(
-            "round measured mlp=%s seed=%d round=%d validation_accuracy=%s train_loss=%s",
-            spec.hidden, spec.seed, metrics.round, _shown(metrics.validation_accuracy), _shown(metrics.train_loss),
-        )  # fmt: skip
+        self.progress.advance(metrics.round - self.measured)
+        self.measured = metrics.round
+        self.runtime.events.write("round", mlp=spec.hidden, seed=spec.seed, **metrics._asdict())
         values = (metrics.train_loss, metrics.validation_accuracy, metrics.validation_loss)
         self.note(spec, FEDERATED, metrics.round, dict(zip(_CURVE, values, strict=True)))
 
@@ -201,8 +209,7 @@ class Classify(Controller):
 
     def publish(self) -> None:
         """Choose the best classifier by validation accuracy, the first of equals, and send it to every site."""
-        specs = [self.spec(hidden, seed) for hidden in self.training.mlps for seed in self.training.seeds]
-        found = [(spec, progress) for spec in specs if (progress := self.state.progress(self.job, spec.name))]
+        found = [(spec, progress) for spec in self.specs() if (progress := self.state.progress(self.job, spec.name))]
         best, progress = max(found, key=lambda each: -1.0 if each[1].best_value is None else each[1].best_value)
         record = self.runtime.record
         record.best = best.hidden

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 __all__ = ["FedAvg", "Outcome", "RoundMetrics"]
 
-import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,8 +15,6 @@ from fedbio.federation.controller import Controller, Runtime
 from fedbio.federation.model import FLModel, Parameters, ParamsType, Result
 from fedbio.federation.state import Progress
 from fedbio.tensors import manifest, weighted_mean
-
-log = logging.getLogger(__name__)
 
 TRAIN, VALIDATE = "train", "validate"
 
@@ -118,20 +114,14 @@ class FedAvg(Controller):
 
     def broadcast_and_wait_for_round(self, model: FLModel) -> list[Result]:
         """Have every site measure the model and, but for the last one, train it."""
-        started = time.monotonic()
         last = model.current_round == self.rounds
-        results = self.broadcast_and_wait(
+        return self.broadcast_and_wait(
             VALIDATE if last else TRAIN,
             msgspec.structs.replace(model, params={**self.shared, **model.params}),
             [site for site in self.sites() if site in self.training],
             expect=None if last else manifest(self.runtime.outgoing(model, task=TRAIN).params),
             weights=None if last else self.training,
         )
-        log.info(
-            "round finished run=%s round=%d sites=%d seconds=%.2f",
-            self.name, model.current_round, len(results), time.monotonic() - started,
-        )  # fmt: skip
-        return results
 
     def select(self, model: FLModel, results: Sequence[Result]) -> None:
         """Compare the model that the sites have measured with the best one so far, and see whether to stop."""
