@@ -50,19 +50,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     report = embed_file(
         args.source,
         args.output,
-        encoder=args.encoder,
-        seed=args.seed,
-        expected_sha256=args.sha256,
-        dtype=args.dtype,
-        device=args.device,
-        long=args.long,
-        batch_residues=args.batch_residues,
-        threads=args.threads,
         reuse=args.reuse,
         label=args.label,
         skip_invalid=args.skip_invalid,
         labels=args.labels,
         classes=named_classes(args.classes),
+        **_choice(args),
     )
     if not args.json:
         print(f"{args.output}: {report.proteins:,} proteins, {report.residues:,} residues in {report.seconds:.1f} s")
@@ -73,16 +66,6 @@ def _estimate(args: argparse.Namespace) -> dict[str, Any]:
     from fedbio.encoder.estimate import estimate_file
     from fedbio.encoder.setup import EncoderChoice
 
-    choice = EncoderChoice(
-        encoder=args.encoder,
-        seed=args.seed,
-        expected_sha256=args.sha256,
-        dtype=args.dtype,
-        device=args.device,
-        long=args.long,
-        batch_residues=args.batch_residues,
-        threads=args.threads,
-    )
     estimate = estimate_file(
         args.source, choice, labels=args.labels, classes=named_classes(args.classes), skip_invalid=args.skip_invalid
     )
@@ -94,3 +77,9 @@ def _estimate(args: argparse.Namespace) -> dict[str, Any]:
             f"{estimate.memory_bytes / 2**30:.1f} GiB of memory, {estimate.disk_bytes / 2**20:,.0f} MiB of disk"
         )
     return {**asdict(estimate), "encoder": msgspec.structs.asdict(estimate.encoder)}
+
+
+def _choice(args: argparse.Namespace) -> dict[str, Any]:
+    """Which encoder and how it shall compute, as both `embed_file` and `EncoderChoice` name it."""
+    names = ("encoder", "seed", "dtype", "device", "long", "batch_residues", "threads")
+    return {"expected_sha256": args.sha256, **{name: getattr(args, name) for name in names}}
