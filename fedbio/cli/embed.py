@@ -67,7 +67,11 @@ def _estimate(args: argparse.Namespace) -> dict[str, Any]:
     from fedbio.encoder.setup import EncoderChoice
 
     estimate = estimate_file(
-        args.source, choice, labels=args.labels, classes=named_classes(args.classes), skip_invalid=args.skip_invalid
+        args.source,
+        EncoderChoice(**_choice(args)),
+        labels=args.labels,
+        classes=named_classes(args.classes),
+        skip_invalid=args.skip_invalid,
     )
     if not args.json:
         print(
