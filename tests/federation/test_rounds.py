@@ -267,3 +267,28 @@ def test_job_with_other_settings_is_not_mixed_with_what_was_begun(federation: An
         each.result(30)
     with pytest.raises(Exception, match=r"job 'classify' was begun in .* with other settings"):
         federation.server(federation.jobs(rounds=2)).run()
+
+
+def test_serving_server_runs_jobs_that_come_later(federation: Any) -> None:
+    first, both = federation.jobs(rounds=1), federation.jobs(rounds=1)
+    second = both.jobs[0].model_copy(update={"name": "second"})
+    both = both.model_copy(update={"jobs": [*both.jobs, second]})
+    asked = []
+
+    def more() -> Any:
+        asked.append(1)
+        if len(asked) == 1:
+            return both
+        raise KeyboardInterrupt
+
+    pool_server = federation.server(first)
+    running = federation.pool.submit(pool_server.run, more_jobs=more)
+    sites = [federation.start(federation.site(name, jobs=("classify",))) for name in SITES[:1]]
+    sites += [federation.start(federation.site(name, connect_deadline_s=3)) for name in SITES[1:]]
+    sites[0].result(30)
+    # the first job is done and site-1 has left; it comes back for the second
+    again = federation.start(federation.site("site-1", jobs=("second",)))
+    again.result(30)
+    with pytest.raises(KeyboardInterrupt):
+        running.result(30)
+    assert [each["job"] for each in events(federation.folder / "server", "job done")] == ["classify", "second"]
