@@ -24,7 +24,7 @@ from fedbio.errors import FedbioError, FederationError, InputError, RefusedError
 BLAME_S = 3.0
 """Seconds after a first failure in which the others may end by themselves, before they are ended."""
 
-STOP_S = 5.0
+STOP_S = 7.0
 """Seconds between asking a process to end and killing it."""
 
 LEAVE_S = 60.0

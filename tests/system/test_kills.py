@@ -14,7 +14,7 @@ from fedbio.files import sha256_file
 pytestmark = pytest.mark.faults
 
 SITES = ("site-1", "site-2", "site-3")
-ROUNDS = 80
+ROUNDS = 40
 
 
 def finish(parties: Any, *processes: Any) -> None:
@@ -38,11 +38,11 @@ def test_killed_server_and_killed_site_end_with_the_model_of_an_unbroken_run(par
         (tmp_path / f"unbroken-{site}" / "embeddings.h5").rename(parties.folder / site / "embeddings.h5")
 
     server, *sites = parties.server(), *map(parties.site, SITES)
-    parties.wait_for_round(1, 20)
+    parties.wait_for_round(1, 10)
     server.kill()
     server.wait()
     server = parties.server()
-    parties.wait_for_round(1, 50)
+    parties.wait_for_round(1, 25)
     sites[1].kill()
     sites[1].wait()
     sites[1] = parties.site("site-2")
@@ -51,7 +51,7 @@ def test_killed_server_and_killed_site_end_with_the_model_of_an_unbroken_run(par
     assert digest(parties.folder / "server") == unbroken
     assert {digest(parties.folder / site) for site in SITES} == {unbroken}
     # what was finished before the kill was not done again
-    assert parties.rounds().count((0, 60)) == 1
+    assert parties.rounds().count((0, 30)) == 1
     # the ledger of a killed site counts what left before the kill
     record = json.loads((parties.folder / "site-2" / "party.json").read_text())
     before = json.loads((tmp_path / "unbroken-site-2" / "party.json").read_text())
@@ -61,7 +61,7 @@ def test_killed_server_and_killed_site_end_with_the_model_of_an_unbroken_run(par
 def test_round_goes_on_without_a_killed_site_if_enough_are_left(parties: Any) -> None:
     parties.write_jobs(rounds=60, min_sites=2, round_deadline_s=10)
     server, *sites = parties.server(), *map(parties.site, SITES)
-    parties.wait_for_round(0, 10)
+    parties.wait_for_round(0, 5)
     sites[2].send_signal(signal.SIGKILL)
     finish(parties, server, *sites[:2])
     assert "site gone site=site-3" in parties.log("server")
@@ -71,7 +71,7 @@ def test_round_goes_on_without_a_killed_site_if_enough_are_left(parties: Any) ->
 def test_killed_site_is_named_if_all_are_needed(parties: Any) -> None:
     parties.write_jobs(rounds=ROUNDS, round_deadline_s=10)
     server, *sites = parties.server(), *map(parties.site, SITES)
-    parties.wait_for_round(0, 10)
+    parties.wait_for_round(0, 5)
     sites[2].send_signal(signal.SIGKILL)
     assert server.wait(60) == 3
     assert "2 of 3 sites" in parties.log("server")
@@ -84,7 +84,7 @@ def test_killed_site_is_named_if_all_are_needed(parties: Any) -> None:
 def test_interrupted_parties_end_within_ten_seconds_and_go_on_later(parties: Any) -> None:
     parties.write_jobs(rounds=ROUNDS)
     server, *sites = parties.server(), *map(parties.site, SITES)
-    parties.wait_for_round(0, 10)
+    parties.wait_for_round(0, 5)
     for process in (server, *sites):
         process.send_signal(signal.SIGTERM)
     for process in (server, *sites):
