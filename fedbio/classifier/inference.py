@@ -15,6 +15,7 @@ from fedbio.classifier.architecture import Parameters
 from fedbio.classifier.examples import TrainData
 from fedbio.classifier.metrics import accuracy, confusion_matrix, macro_f1, mcc
 from fedbio.classifier.network import Network, as_tensor
+from fedbio.classifier.threads import torch_threads
 
 BLOCK_ROWS = 16_384
 """Proteins at a time, so that memory does not grow with their number."""
@@ -69,7 +70,7 @@ def predict(parameters: Parameters, features: NDArray[np.float32]) -> NDArray[np
         Rows sum to 1.
     """
     network = Network(parameters).eval()
-    with torch.inference_mode():
+    with torch_threads(1), torch.inference_mode():
         blocks = [network(block).softmax(dim=1) for block in torch.split(as_tensor(features), BLOCK_ROWS)]
         return torch.cat(blocks).numpy()
 

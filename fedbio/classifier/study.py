@@ -4,12 +4,11 @@ from __future__ import annotations
 
 __all__ = ["MODEL_FOLDER", "StudyOutcome", "run_study"]
 
-import contextlib
 import platform
 import resource
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from fedbio.classifier.inference import Evaluation, measure, predict
 from fedbio.classifier.model_files import ModelCard, save_model
 from fedbio.classifier.records import curve_metrics, measured_metrics, prediction_rows
 from fedbio.classifier.standardize import Standardizer
+from fedbio.classifier.threads import torch_threads
 from fedbio.classifier.unsure import choose_threshold, confidence_counts
 from fedbio.errors import DataError
 from fedbio.progress import Progress
@@ -158,7 +158,7 @@ def run_study(
             )
 
         # a step is too small to be worth sharing between threads, but two runs go well side by side
-        with _torch_threads(1) as before, ThreadPoolExecutor(min(threads or before, len(jobs))) as pool:
+        with torch_threads(1) as before, ThreadPoolExecutor(min(threads or before, len(jobs))) as pool:
             runs = list(pool.map(run, jobs))
     accuracy = {mlp: fmean(each.test.accuracy for each in runs if each.mlp == mlp) for mlp in training.mlps}
     chosen = _choose(runs, training.mlps)
@@ -196,17 +196,6 @@ def run_study(
     )
     write_party(output, record)
     return StudyOutcome(chosen.mlp, card, accuracy)
-
-
-@contextlib.contextmanager
-def _torch_threads(number: int) -> Iterator[int]:
-    """Set torch's threads while the block runs, and yield how many there were."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield before
-    finally:
-        torch.set_num_threads(before)
 
 
 def _choose(runs: Sequence[_Run], mlps: Sequence[str]) -> _Run:

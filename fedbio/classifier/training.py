@@ -15,6 +15,7 @@ from fedbio.classifier.architecture import Parameters
 from fedbio.classifier.examples import TrainData
 from fedbio.classifier.network import Network, as_tensor
 from fedbio.classifier.optimizer import AdamW
+from fedbio.classifier.threads import torch_threads
 from fedbio.errors import DataError
 
 
@@ -66,7 +67,7 @@ def train(
     Returns
     -------
     TrainOutcome
-        The same bits for the same arguments, machine and number of torch's threads.
+        The same bits for the same arguments on the same machine.
 
     Raises
     ------
@@ -84,13 +85,14 @@ def train(
     features, targets = as_tensor(data.features), torch.from_numpy(np.array(data.targets, dtype=np.int64))
     batches = math.ceil(count / batch_size)
     total = torch.zeros(())
-    for _ in range(epochs):
-        order = torch.from_numpy(random.permutation(count))
-        total.zero_()
-        for batch in order.tensor_split(batches):
-            loss = F.cross_entropy(network(features.index_select(0, batch)), targets.index_select(0, batch))
-            optimizer.step(loss)
-            total += loss.detach() * len(batch)
+    with torch_threads(1):
+        for _ in range(epochs):
+            order = torch.from_numpy(random.permutation(count))
+            total.zero_()
+            for batch in order.tensor_split(batches):
+                loss = F.cross_entropy(network(features.index_select(0, batch)), targets.index_select(0, batch))
+                optimizer.step(loss)
+                total += loss.detach() * len(batch)
     mean_loss = float(total) / count
     if not math.isfinite(mean_loss):
         raise DataError(

@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Take part until the server's jobs are done."""
     settings = _settings(args)
     if args.threads:
-        # read by torch and by NumPy's BLAS when they load
-        os.environ.update(OMP_NUM_THREADS=str(args.threads), OPENBLAS_NUM_THREADS=str(args.threads))
+        # read by torch and by NumPy's BLAS when they load; a workflow manager may have set them for all its jobs
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        os.environ.update(dict.fromkeys(names, str(args.threads)))
     from fedbio.cli.server import load_kit
     from fedbio.executors import load_libraries, registry
     from fedbio.federation.site import Site
