@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbio.classifier import SiteData, Standardizer, TrainData, load_site_data
-from fedbio.errors import DataError
+from fedbio.errors import FederationError
 from fedbio.federation.executor import SiteContext
 from fedbio.federation.model import Parameters
 from fedbio.federation.workflows.study import MEAN, SCALE, Study
@@ -40,9 +40,8 @@ class Shelf:
     def data(self, study: Study, context: SiteContext) -> SiteData:
         """Return the site's data as they are."""
         if not context.embeddings.exists():
-            raise DataError(
-                f"{context.embeddings}: the proteins of {context.site} are not embedded yet; "
-                "run a job with workflow: embed before this one"
+            raise FederationError(
+                f"the proteins of {context.site} are not embedded yet; run a job with workflow: embed before this one"
             )
         key = (study, context.embeddings.stat().st_mtime_ns)
         if self._data is None or self._key != key:

@@ -272,10 +272,10 @@ class Site:
         except FedbioError as error:
             log.error("task failed task=%s reason=%s", task.name, error)
             self._failure = error
-            result = Result(task=task.id, status=Status.FAILED, reason=str(error))
+            result = Result(task=task.id, status=Status.FAILED, reason=_for_the_server(error))
         except Exception as error:
             # a full disk or a bug of ours: the server learns of it, and this process ends with it
-            self._reply_failure(task, f"{type(error).__name__}: {error}")
+            self._reply_failure(task, f"{type(error).__name__}; its log says more")
             raise
         seconds = time.monotonic() - started
         stage = executor.stage or executor.kind
@@ -332,3 +332,10 @@ class Site:
                 f"{header.name}: the server announced SHA-256 {header.sha256} and sent {found}; it is not kept"
             )
         log.info("file received file=%s bytes=%d sha256=%.12s", header.name, received.payload.size, found)
+
+
+def _for_the_server(error: FedbioError) -> str:
+    """Return what may leave of a failure: a message about data can name a protein or quote it, and stays here."""
+    if isinstance(error, DataError):
+        return "its own data are refused; its log says where and why"
+    return str(error)

@@ -84,12 +84,17 @@ def test_federated_standardizer_is_that_of_all_proteins_in_one_place(study: Any)
     np.testing.assert_allclose(found["standardizer.scale"], expected.scale, rtol=1e-6)
 
 
-def test_unknown_label_ends_the_study_with_the_nearest_location(study: Any) -> None:
+def test_unknown_label_ends_the_study_and_its_text_stays_at_the_site(
+    study: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     study.embed_all()
     path = study.folder / "site-2.fasta"
     path.write_text(path.read_text().replace("TARGET=Nucleus", "TARGET=Nuclues", 1))
-    with pytest.raises(FederationError, match=r"site-2: failed: .*Nuclues.*did you mean 'Nucleus'"):
+    with pytest.raises(FederationError, match="site-2: failed: its own data are refused; its log says where") as caught:
         study.run(study.jobs(embed=False))
+    assert "Nuclues" not in str(caught.value)
+    at_the_site = [each.getMessage() for each in caplog.records if each.name == "fedbio.federation.site"]
+    assert any("site-2.fasta:" in text and "did you mean 'Nucleus'" in text for text in at_the_site)
 
 
 def test_site_that_was_not_embedded_is_told_what_to_do(study: Any) -> None:
