@@ -153,9 +153,13 @@ def _command_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
 def entry() -> NoReturn:
     """Console script: run `main` and leave with its exit code, also when the reader of stdout has gone."""
     try:
-        code = main()
+        try:
+            code = main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 2
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    sys.exit(code)
+    logging.shutdown()
+    # everything is written: what is left is the teardown of libraries, seconds of it for torch on a busy machine
+    os._exit(code)

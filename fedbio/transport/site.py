@@ -175,6 +175,8 @@ class SiteEndpoint(Endpoint):
             if self._closing.is_set():
                 return
             log.warning("server lost address=%s reason=%s", self.address, reason)
+            # a server that lets us in and hangs up at once is not dialled without a pause
+            self._closing.wait(BACK_OFF_S[0])
             try:
                 streams = self._connect()
             except FedbioError as error:
