@@ -87,7 +87,7 @@ class ServerEndpoint(Endpoint):
         """Let sites in from now on."""
         self._listener.start(self._accept)
         self._start_heartbeat()
-        log.info("listening address=%s", self.address)
+        log.debug("listening address=%s", self.address)
         return self
 
     def peers(self) -> tuple[str, ...]:
