@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 
 from fedbio.weights import EncoderConfig, inference_shapes, write_weights
+
+# a shell starts background jobs with Ctrl-C ignored, and processes inherit that; those that tests start must hear it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
