@@ -5,7 +5,7 @@ on all alike. The limit is the float32 (on CUDA: bfloat16) product of the feed-f
 operations are those of the encoder on real residues, without padding. fair-esm runs a network of the same size over the
 same proteins as its extract script does: sorted by length, 4,096 tokens in a padded batch, all residues averaged.
 
-The last line of output is one JSON object in the form of the design's contracts; the exit code is 0 if all goals are
+The last line of output is one JSON object in the form that README.md describes; the exit code is 0 if all goals are
 met.
 """
 

@@ -4,7 +4,7 @@ Three sites, twenty rounds of the 512-256-128-64 classifier on 768 features. A s
 log; what a round took at the server beyond the slowest site's task is spent outside training. The same run gives the
 server's start, from the process's to its line ``server listening on ...``, and its peak memory.
 
-The last line of output is one JSON object in the form of the design's contracts; the exit code is 0 if all goals are
+The last line of output is one JSON object in the form that README.md describes; the exit code is 0 if all goals are
 met.
 """
 

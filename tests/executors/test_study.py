@@ -1,4 +1,4 @@
-"""A whole study with real executors: every party ends with the same model, and with the tables of the design."""
+"""A whole study with real executors: every party ends with the same model, and with its tables."""
 
 from __future__ import annotations
 
