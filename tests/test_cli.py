@@ -61,3 +61,17 @@ def test_the_server_imports_no_torch() -> None:
         "sys.exit(bool({'torch', 'pandas', 'h5py'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_predictions_never_replace_their_own_proteins(tmp_path: Path) -> None:
+    proteins = tmp_path / "new.fasta"
+    proteins.write_text(">a\nMKR\n")
+    result = fedbio("predict", str(proteins), "--model", str(tmp_path), "-o", str(proteins))
+    assert (result.returncode, proteins.read_text()) == (2, ">a\nMKR\n")
+    assert "this is the file of proteins" in result.stderr
+
+
+def test_a_server_address_without_a_port_is_refused(tmp_path: Path) -> None:
+    result = fedbio("site", "--kit", "kit", "--data", "a.fasta", "-o", str(tmp_path), "--server", "fed.example.org")
+    assert result.returncode == 2
+    assert "expected HOST:PORT" in result.stderr

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from fedbio.errors import DataError, RefusedError
+from fedbio.errors import DataError, RefusedError, SettingsError
 from fedbio.results import EncoderInfo
 
 EXAMPLE = "fedbio predict new.fasta --model results/demo/global -o new.csv"
@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from fedbio.classifier.model_files import load_model
     from fedbio.classifier.predictions import predict_file
 
+    if args.output.resolve() == args.source.resolve():
+        raise SettingsError(f"-o {args.output}: this is the file of proteins; name another file for the predictions")
     model = load_model(args.model)
     trained_with = model.card.encoder
     with tempfile.TemporaryDirectory(prefix="fedbio-") as temporary:

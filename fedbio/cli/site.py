@@ -43,6 +43,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Take part until the server's jobs are done."""
     settings = _settings(args)
+    if args.server and not args.server.rpartition(":")[2].isdecimal():
+        raise SettingsError(f"--server {args.server}: expected HOST:PORT, for example fed.example.org:8443")
     if args.threads:
         # read by torch and by NumPy's BLAS when they load; a workflow manager may have set them for all its jobs
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
