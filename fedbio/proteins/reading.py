@@ -121,7 +121,7 @@ def read(
     if not seen:
         left_out = sum(tally.skipped.values())
         raise DataError(
-            f"{path}: no valid protein in the file ({left_out} left out, first: {tally.examples[0]})"
+            "\n  ".join([f"{path}: no valid protein in the file, all {left_out} are wrong, such as:", *tally.examples])
             if left_out
             else f"{path}: no protein in the file; was it written or copied completely?"
         )

@@ -299,7 +299,7 @@ def test_skip_invalid_leaves_wrong_records_out_and_counts_them(tmp_path: Path) -
 def test_a_file_with_wrong_records_only_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "proteins.fasta"
     path.write_bytes(b">A\nMK7\n")
-    with pytest.raises(DataError, match=r"no valid protein in the file \(1 left out, first: .*letter '7'"):
+    with pytest.raises(DataError, match=r"no valid protein in the file, all 1 are wrong, such as:\n  .*letter '7'"):
         list(read(path, skip_invalid=True))
 
 
