@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Credentials"]
+__all__ = ["Credentials", "Identity", "Unencrypted"]
 
 import datetime
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,6 +76,28 @@ class Credentials:
         if key.public_key() != certificate.public_key():
             raise RefusedError(f"{self.key}: the key does not belong to {self.certificate}; {REMEDY}")
         return _common_name(self.certificate, certificate)
+
+
+@dataclass(frozen=True, slots=True)
+class Unencrypted:
+    """A name that nothing proves: for links that are private already (a VPN, one machine), tests and benchmarks.
+
+    Both ends must be given one: a listener with certificates takes no plain peer, and a plain one no other.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.name):
+            raise SettingsError(f"name: expected 1 to 64 letters, digits, dots or hyphens, found {self.name[:64]!r}")
+
+    def check(self) -> str:
+        """Return the party's name."""
+        return self.name
+
+
+Identity = Credentials | Unencrypted
+"""What either end of a connection is given."""
 
 
 def _check_dates(path: Path, certificate: x509.Certificate) -> None:

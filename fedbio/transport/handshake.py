@@ -10,7 +10,7 @@ import threading
 from fedbio import __version__
 from fedbio.errors import ProtocolError, RefusedError
 from fedbio.transport.drivers.base import Connection, ConnectionClosed
-from fedbio.transport.frames import Frame, Kind, decode, encode
+from fedbio.transport.frames import Frame, Kind, make
 from fedbio.transport.limits import Limits
 from fedbio.transport.wire import Hello, Refusal, Welcome, pack, unpack
 
@@ -18,8 +18,15 @@ VERSIONS = (1,)
 """Versions of the protocol that this release speaks. HELLO, WELCOME and REFUSED stay as they are in all of them."""
 
 
-def greet(connection: Connection, limits: Limits, instance: bytes) -> Welcome:
+def greet(connection: Connection, limits: Limits, instance: bytes, session: bytes | None) -> Welcome:
     """Say HELLO and return the server's WELCOME; the connection is ended if there is none.
+
+    Parameters
+    ----------
+    instance : bytes
+        This process.
+    session : bytes or None
+        The session to resume.
 
     Raises
     ------
@@ -29,9 +36,9 @@ def greet(connection: Connection, limits: Limits, instance: bytes) -> Welcome:
         If it refuses for now, or the connection ends.
     """
     address = connection.address
-    hello = Hello(VERSIONS, __version__, instance, os.getpid(), limits.window_chunks)
+    hello = Hello(VERSIONS, __version__, instance, os.getpid(), limits.window_chunks, session)
     try:
-        connection.write(encode(Kind.HELLO, payload=pack(hello)))
+        connection.write(make(Kind.HELLO, payload=pack(hello)))
         frame = _read_first(connection, limits.handshake_s)
         if frame.kind == Kind.REFUSED:
             refusal = unpack(frame.payload, Refusal)
@@ -74,15 +81,15 @@ def settle(hello: Hello) -> int:
     return max(common)
 
 
-def welcome(connection: Connection, version: int, limits: Limits) -> None:
+def welcome(connection: Connection, version: int, limits: Limits, instance: bytes, session: bytes) -> None:
     """Let the dialling end in."""
-    content = Welcome(version, __version__, connection.peer, limits.window_chunks)
-    connection.write(encode(Kind.WELCOME, payload=pack(content)))
+    content = Welcome(version, __version__, connection.peer, limits.window_chunks, instance, session)
+    connection.write(make(Kind.WELCOME, payload=pack(content)))
 
 
 def refuse(connection: Connection, reason: str, *, final: bool = True) -> None:
     """Send the reason and end the connection."""
-    connection.write(encode(Kind.REFUSED, payload=pack(Refusal(reason[:1000], final))))
+    connection.write(make(Kind.REFUSED, payload=pack(Refusal(reason[:1000], final))))
     connection.close()
 
 
@@ -91,7 +98,7 @@ def _read_first(connection: Connection, within_s: float) -> Frame:
     timer.daemon = True
     timer.start()
     try:
-        return decode(connection.read())
+        return connection.read()
     finally:
         timer.cancel()
 

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,10 +16,13 @@ from fedbio.errors import PeerUnreachable, ProtocolError, RefusedError
 from fedbio.transport import drivers, handshake
 from fedbio.transport.credentials import Credentials
 from fedbio.transport.drivers import Connection, ConnectionClosed
-from fedbio.transport.endpoint import DEFAULTS, Endpoint
+from fedbio.transport.endpoint import DEFAULTS, Endpoint, Presence
+from fedbio.transport.incoming import Agreed, Received, SinkFactory
 from fedbio.transport.limits import Limits
+from fedbio.transport.metering import OnProgress
+from fedbio.transport.outgoing import SendReceipt
 from fedbio.transport.payloads import Payload
-from fedbio.transport.streams import Received, SendReceipt, Streams
+from fedbio.transport.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +31,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Peer:
-    streams: Streams
+    session: Session
     hello: handshake.Hello
 
 
@@ -48,7 +51,13 @@ class ServerEndpoint(Endpoint):
     on_message : callable
         Called with each message that has arrived whole, on threads of the endpoint, several at a time.
     on_peer : callable
-        Called with a site's name and whether it is here now; one call at a time, in order, before its messages.
+        Called with a site's name and what has become of it; one call at a time, in order, before its messages.
+    sinks : mapping of str to callable, optional
+        For a topic, what makes the sink of a message's payload; see `fedbio.transport.sinks`.
+    schemes : callable, optional
+        Given what is known of a message, returns the quantization schemes in which its model may come; all by default.
+    on_progress : callable, optional
+        Called a few times a second with how far a payload has come.
     limits : Limits
         What is accepted from a peer.
     heartbeat_s : float
@@ -69,13 +78,16 @@ class ServerEndpoint(Endpoint):
         *,
         spool: str | os.PathLike[str],
         on_message: Callable[[Received], None],
-        on_peer: Callable[[str, bool], None] = lambda name, here: None,
+        on_peer: Callable[[str, Presence], None] = lambda name, presence: None,
+        sinks: Mapping[str, SinkFactory] | None = None,
+        on_progress: OnProgress | None = None,
         name: str = "server",
         limits: Limits = DEFAULTS,
         heartbeat_s: float = 5.0,
         driver: str = "grpc",
+        schemes: Agreed | None = None,
     ) -> None:
-        super().__init__(name, spool, on_message, limits, heartbeat_s)
+        super().__init__(name, spool, on_message, sinks, on_progress, limits, heartbeat_s, schemes)
         credentials.check()
         self._on_peer = on_peer
         self._peers: dict[str, _Peer] = {}
@@ -93,38 +105,40 @@ class ServerEndpoint(Endpoint):
     def peers(self) -> tuple[str, ...]:
         """Return the names of the sites that are connected, sorted."""
         with self._lock:
-            return tuple(sorted(self._peers))
+            return tuple(sorted(name for name, peer in self._peers.items() if peer.session.connection is not None))
 
     def send(
         self, peer: str, topic: str, body: bytes = b"", payload: Payload | None = None, timeout_s: float | None = None
     ) -> SendReceipt:
-        """Send a message and wait until the peer has acknowledged the whole.
+        """Send a message and wait until the peer has acknowledged the whole, over several connections if need be.
 
         Raises
         ------
         PeerUnreachable
-            If the peer is not connected, is lost on the way, or takes longer than `timeout_s`.
+            If the peer is not here, does not come back within `Limits.resume_s`, or takes longer than `timeout_s`.
         TransportError
             If the peer does not accept the message; with its reason.
         """
         with self._lock:
             found = self._peers.get(peer)
         if found is None:
+            if payload is not None:
+                payload.forgo()
             raise PeerUnreachable(f"{peer} is not connected; {topic} was not sent")
-        return found.streams.send(topic, body, payload, timeout_s)
+        return found.session.send(topic, body, payload, timeout_s)
 
     def close(self) -> None:
         if self._closing.is_set():
             return
         self._closing.set()
-        for streams in self._connected():
-            streams.close("the server is closing")
+        for session in self._sessions():
+            session.close("the server is closing")
         self._listener.close()
         self._callbacks.close()
 
-    def _connected(self) -> list[Streams]:
+    def _sessions(self) -> list[Session]:
         with self._lock:
-            return [peer.streams for peer in self._peers.values()]
+            return [peer.session for peer in self._peers.values()]
 
     def _accept(self, connection: Connection) -> None:
         name = f"{self.name}-read-{connection.peer}"
@@ -135,8 +149,8 @@ class ServerEndpoint(Endpoint):
         try:
             hello = handshake.listen_for(connection, self._limits)
             version = handshake.settle(hello)
-            peer = self._admit(connection, hello)
-            handshake.welcome(connection, version, self._limits)
+            peer, resumed = self._admit(connection, hello)
+            handshake.welcome(connection, version, self._limits, self._instance, peer.session.id)
         except ConnectionClosed as error:
             log.info("connection ended in its handshake peer=%s reason=%s", connection.peer, error)
             connection.abort()
@@ -145,35 +159,64 @@ class ServerEndpoint(Endpoint):
             log.warning("connection refused peer=%s reason=%s", connection.peer, error)
             handshake.refuse(connection, str(error))
             return
-        log.info("site connected peer=%s address=%s", connection.peer, connection.address)
-        reason = peer.streams.run()
-        log.info("site gone peer=%s reason=%s", connection.peer, reason)
-        with self._lock:
-            if self._peers.get(connection.peer) is peer:
-                del self._peers[connection.peer]
-                self._callbacks.submit(lambda: self._on_peer(connection.peer, False))
+        name, presence = connection.peer, Presence.BACK if resumed else Presence.ARRIVED
+        log.info("site %s peer=%s address=%s", presence.value, name, connection.address)
+        self._announce(peer.session, lambda: self._on_peer(name, presence))
+        reason = peer.session.carry(connection, hello.window)
+        if peer.session.over is not None:
+            log.info("site gone peer=%s reason=%s", name, reason)
+            self._remove(name, peer)
+        elif peer.session.connection is None:
+            log.info("site lost peer=%s reason=%s", name, reason)
+            self._callbacks.submit(lambda: self._on_peer(name, Presence.LOST))
 
-    def _admit(self, connection: Connection, hello: handshake.Hello) -> _Peer:
-        """Enter a connection under its certificate's name, unless another one lives under it."""
+    def _admit(self, connection: Connection, hello: handshake.Hello) -> tuple[_Peer, bool]:
+        """Enter a connection under its certificate's name, unless another process lives under it.
+
+        Returns
+        -------
+        peer : _Peer
+        resumed : bool
+            Whether its session goes on.
+        """
         name = connection.peer
         if not NAME.fullmatch(name):
             raise RefusedError(f"the certificate's name {name[:63]!r} is not one of a party (a-z, 0-9, hyphens)")
-        peer = _Peer(self._streams(connection, name, hello.window), hello)
         while True:
             with self._lock:
                 first = self._peers.get(name)
-            if first and first.hello.instance != hello.instance and first.streams.shows_life(self._limits.takeover_s):
+            same = first is not None and first.hello.instance == hello.instance
+            if first is not None and same and hello.session == first.session.id and first.session.over is None:
+                return first, True
+            if first is not None and not same and first.session.shows_life(self._limits.takeover_s):
+                at = first.session.connection
                 raise RefusedError(
                     f"{name} is connected already, as process {first.hello.process} from "
-                    f"{first.streams.connection.address}; stop that one first"
+                    f"{at.address if at else 'elsewhere'}; stop that one first"
                 )
+            peer = _Peer(self._session(name), hello)
             with self._lock:
                 if self._peers.get(name) is not first:
                     continue  # someone else was faster
                 self._peers[name] = peer
-                if first:
-                    self._callbacks.submit(lambda: self._on_peer(name, False))
-                self._announce(peer.streams, lambda: self._on_peer(name, True))
-            if first:
-                first.streams.abort("another connection has taken its place")
-            return peer
+                if first is not None:
+                    self._callbacks.submit(lambda: self._on_peer(name, Presence.GONE))
+            if first is not None:
+                first.session.end("another process has taken its place")
+                if first.session.connection is not None:
+                    first.session.connection.abort()
+            return peer, False
+
+    def _remove(self, name: str, peer: _Peer) -> None:
+        with self._lock:
+            if self._peers.get(name) is peer:
+                del self._peers[name]
+                self._callbacks.submit(lambda: self._on_peer(name, Presence.GONE))
+
+    def _expire(self, session: Session) -> None:
+        with self._lock:
+            found = [(name, peer) for name, peer in self._peers.items() if peer.session is session]
+        for name, peer in found:
+            session.end(f"not back within {self._limits.resume_s:g} s")
+            log.info("site gone peer=%s reason=%s", name, session.over)
+            self._remove(name, peer)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["Connection", "ConnectionClosed", "Driver", "Lane", "Listener"]
+__all__ = ["HANDSHAKE_BYTES", "Connection", "ConnectionClosed", "Driver", "Lane", "Listener"]
 
 import collections
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fedbio.errors import PeerUnreachable
-from fedbio.transport.credentials import Credentials
-from fedbio.transport.frames import split
+from fedbio.transport.credentials import Identity
+from fedbio.transport.frames import Frame
 from fedbio.transport.limits import Limits
+
+HANDSHAKE_BYTES = 64 << 10
+"""The largest payload of a frame before the handshake is over."""
 
 
 class ConnectionClosed(PeerUnreachable):
@@ -35,24 +38,37 @@ class Connection(ABC):
 
     def __init__(self, peer: str, address: str) -> None:
         self.peer = peer
-        """The other end's name as its certificate gives it; empty at the dialling end, which has checked the host."""
+        """The other end's name, as its certificate gives it; empty at the dialling end, which has checked the host."""
         self.address = address
         """Where the other end is, for messages."""
-        self._arrived: collections.deque[bytes] = collections.deque()
+        self.allowed_bytes = HANDSHAKE_BYTES
+        """The largest payload of a frame that is read; whoever has made the handshake raises it."""
+        self._arrived: collections.deque[Frame] = collections.deque()
 
-    def read(self) -> bytes:
-        """Wait for the next frame; raise `ConnectionClosed` when there will be none."""
-        if not self._arrived:
-            self._arrived.extend(split(self._receive()))
+    def read(self) -> Frame:
+        """Wait for the next frame.
+
+        Raises
+        ------
+        ConnectionClosed
+            When there will be none.
+        ProtocolError
+            If what arrived is no sound frame; nobody knows what the next bytes mean, so the connection must be ended.
+        """
+        while not self._arrived:
+            self._arrived.extend(self._receive())
         return self._arrived.popleft()
 
     @abstractmethod
-    def _receive(self) -> bytes:
-        """Wait for the next bytes of the other end's outbox: one frame, or small ones that travelled together."""
+    def _receive(self) -> Sequence[Frame]:
+        """Wait for the next frames; check lengths against `allowed_bytes` before taking memory for them."""
 
     @abstractmethod
-    def write(self, frame: bytes, lane: Lane = Lane.URGENT) -> None:
-        """Pass a frame on; raise `ConnectionClosed` if it cannot be. Only bulk frames make the writer wait."""
+    def write(self, frame: Frame, lane: Lane = Lane.URGENT) -> None:
+        """Pass a frame on; raise `ConnectionClosed` if it cannot be. Only bulk frames make the writer wait.
+
+        The payload is not copied and must not change until the frame's stream is over.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -82,9 +98,9 @@ class Driver(ABC):
     """One way to move frames."""
 
     @abstractmethod
-    def listen(self, address: str, credentials: Credentials, limits: Limits) -> Listener:
+    def listen(self, address: str, credentials: Identity, limits: Limits) -> Listener:
         """Take the address; raise `MachineError` if it is in use. Connections arrive after `Listener.start`."""
 
     @abstractmethod
-    def dial(self, address: str, credentials: Credentials, timeout_s: float) -> Connection:
+    def dial(self, address: str, credentials: Identity, timeout_s: float) -> Connection:
         """Connect once; raise `RefusedError` if another try is pointless, else `ConnectionClosed` with the cause."""

@@ -7,7 +7,7 @@ __all__ = ["GrpcDriver"]
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any, TypeVar
 
@@ -17,14 +17,22 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc
 
-from fedbio.transport.credentials import Credentials
+from fedbio.errors import MachineError, SettingsError
+from fedbio.transport.credentials import Credentials, Identity, Unencrypted
+from fedbio.transport.drivers.addresses import bind, split
 from fedbio.transport.drivers.base import Connection, ConnectionClosed, Driver, Lane, Listener
 from fedbio.transport.drivers.outbox import Outbox
-from fedbio.transport.drivers.tls import diagnose, why_not_bound
-from fedbio.transport.frames import MAX_FRAME_BYTES
+from fedbio.transport.drivers.tls import diagnose
+from fedbio.transport.frames import MAX_FRAME_BYTES, Frame, decode_all, encode
 from fedbio.transport.limits import Limits
 
 PATH = "/fedbio.Transport/Exchange"
+
+WELCOME = ("fedbio", "welcome")
+"""The metadata that tells the dialling end that it is let in."""
+
+NAME = "fedbio-name"
+"""The metadata in which the dialling end says its name where no certificate does."""
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
@@ -50,9 +58,9 @@ class _GrpcConnection(Connection):
         self._outbox = outbox
         self._cancel = cancel
 
-    def _receive(self) -> bytes:
+    def _receive(self) -> list[Frame]:
         try:
-            return next(self._incoming)
+            return decode_all(next(self._incoming), self.allowed_bytes)
         except StopIteration:
             reason = "closed by the peer"
         except grpc.RpcError as error:
@@ -62,7 +70,7 @@ class _GrpcConnection(Connection):
         self._outbox.close(reason, drop=True)
         raise ConnectionClosed(self._outbox.reason)
 
-    def write(self, frame: bytes, lane: Lane = Lane.URGENT) -> None:
+    def write(self, frame: Frame, lane: Lane = Lane.URGENT) -> None:
         self._outbox.put(frame, lane)
 
     def close(self) -> None:
@@ -84,18 +92,19 @@ class _ClientConnection(_GrpcConnection):
         super().__init__("", address, call, outbox, call.cancel)
         self._channel = channel
 
-    def _receive(self) -> bytes:
+    def _receive(self) -> list[Frame]:
         try:
             return super()._receive()
         except ConnectionClosed:
-            self._channel.close()
+            # it waits until the kernel has taken what was being written: on a link that has stalled, perhaps for ever
+            threading.Thread(target=self._channel.close, name="fedbio-grpc-close", daemon=True).start()
             raise
 
 
 class _GrpcListener(Listener):
-    def __init__(self, address: str, credentials: Credentials, limits: Limits) -> None:
+    def __init__(self, address: str, credentials: Identity, limits: Limits) -> None:
         self._on_connection: Callable[[Connection], None]
-        ca, certificate, key = credentials.read()
+        self._proven = isinstance(credentials, Credentials)
         self._server = grpc.server(
             _ThreadPerConnection(),
             handlers=[_Service(self._accept)],
@@ -104,16 +113,26 @@ class _GrpcListener(Listener):
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_concurrent_streams", 4),
                 ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1000)),
+                ("grpc.max_connection_idle_ms", int(limits.handshake_s * 1000)),
+                ("grpc.max_allowed_incoming_connections", limits.max_peers + limits.max_handshakes),
             ],
             maximum_concurrent_rpcs=limits.max_peers,
         )
-        tls = grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=True)
-        host, _, port = address.rpartition(":")
+        host, port = address.rpartition(":")[0], split(address)[1]
+        if port:
+            # gRPC is content with one of a host's addresses, and says no word about those that are taken
+            for free in bind(address)[0]:
+                free.close()
         try:
-            bound = self._server.add_secure_port(address, tls)
+            if isinstance(credentials, Credentials):
+                ca, certificate, key = credentials.read()
+                tls = grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=True)
+                port = self._server.add_secure_port(address, tls)
+            else:
+                port = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise why_not_bound(host.strip("[]"), int(port)) from error
-        self.address = f"{host}:{bound}"
+            raise MachineError(f"{address} cannot be listened on; check the address") from error
+        self.address = f"{host}:{port}"
 
     def start(self, on_connection: Callable[[Connection], None]) -> None:
         self._on_connection = on_connection
@@ -123,16 +142,33 @@ class _GrpcListener(Listener):
         self._server.stop(CLOSE_GRACE_S).wait(2 * CLOSE_GRACE_S)
 
     def _accept(self, incoming: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        names: Sequence[bytes] = context.auth_context().get("x509_common_name", ())  # type: ignore[assignment]
-        if len(names) != 1:
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "the certificate must name one party")
+        try:
+            name = self._name(context)
+        except (SettingsError, UnicodeDecodeError):
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "it must name one party")
         outbox = Outbox()
-        connection = _GrpcConnection(names[0].decode(), context.peer(), incoming, outbox, context.cancel)
+        connection = _GrpcConnection(name, context.peer(), incoming, outbox, context.cancel)
         if not context.add_callback(lambda: outbox.close("the connection broke", drop=True)):
             return iter(())
-        context.send_initial_metadata(())  # tells the dialling end that it is let in
+        context.send_initial_metadata((WELCOME,))
         self._on_connection(connection)
-        return iter(outbox.take, None)
+        return _messages(outbox)
+
+    def _name(self, context: grpc.ServicerContext) -> str:
+        if self._proven:
+            proof: Any = context.auth_context()
+            names: list[str] = [name.decode() for name in proof.get("x509_common_name", ())]
+        else:
+            names = [Unencrypted(str(value)).name for key, value in context.invocation_metadata() if key == NAME]
+        if len(names) != 1:
+            raise SettingsError(f"names: expected one, found {len(names)}")
+        return names[0]
+
+
+def _messages(outbox: Outbox) -> Iterator[bytes]:
+    """Yield what leaves, one gRPC message for all frames that leave together."""
+    while (frames := outbox.take()) is not None:
+        yield encode(frames)
 
 
 class _ThreadPerConnection(futures.ThreadPoolExecutor):
@@ -170,36 +206,41 @@ class _Service(grpc.GenericRpcHandler):  # type: ignore[type-arg]
 class GrpcDriver(Driver):
     """gRPC with mutual TLS: the default."""
 
-    def listen(self, address: str, credentials: Credentials, limits: Limits) -> Listener:
+    def listen(self, address: str, credentials: Identity, limits: Limits) -> Listener:
         return _GrpcListener(address, credentials, limits)
 
-    def dial(self, address: str, credentials: Credentials, timeout_s: float) -> Connection:
+    def dial(self, address: str, credentials: Identity, timeout_s: float) -> Connection:
         started = time.monotonic()
-        ca, certificate, key = credentials.read()
-        channel = grpc.secure_channel(
-            address,
-            grpc.ssl_channel_credentials(ca, key, certificate),
-            options=[
-                *OPTIONS,
-                # the server is dialled itself, whatever the environment says; each dial starts afresh
-                ("grpc.enable_http_proxy", 0),
-                ("grpc.use_local_subchannel_pool", 1),
-                ("grpc.enable_retries", 0),
-            ],
-        )
+        options = [
+            *OPTIONS,
+            # the server is dialled itself, whatever the environment says; each dial starts afresh
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_retries", 0),
+        ]
+        named: tuple[tuple[str, str], ...] = ()
+        if isinstance(credentials, Credentials):
+            ca, certificate, key = credentials.read()
+            tls = grpc.ssl_channel_credentials(ca, key, certificate)
+            channel = grpc.secure_channel(address, tls, options)
+        else:
+            named = ((NAME, credentials.check()),)
+            channel = grpc.insecure_channel(address, options)
         outbox = Outbox()
-        call: Any = channel.stream_stream(PATH, None, None)(iter(outbox.take, None))
+        call: Any = channel.stream_stream(PATH, None, None)(_messages(outbox), metadata=named)
         timer = threading.Timer(timeout_s, call.cancel)
         timer.daemon = True
         timer.start()
-        call.initial_metadata()  # waits until the server lets us in or the attempt fails
+        answer = call.initial_metadata()  # waits until the server lets us in or the attempt fails
         timer.cancel()
-        if call.is_active():
+        if WELCOME in [tuple(entry) for entry in answer or ()]:
             return _ClientConnection(address, call, outbox, channel)
         code, details = call.code(), call.details()
         outbox.close("not connected", drop=True)
         channel.close()
         if code == grpc.StatusCode.CANCELLED:
             raise ConnectionClosed(f"no answer within {timeout_s:.0f} s")
-        left = max(0.5, timeout_s - (time.monotonic() - started))
-        raise ConnectionClosed(diagnose(address, credentials, left) or details or str(code))
+        if code != grpc.StatusCode.UNAVAILABLE:
+            raise ConnectionClosed((details or str(code)).lower())
+        left = min(5.0, max(0.5, timeout_s - (time.monotonic() - started)))
+        raise ConnectionClosed(diagnose(address, credentials, "h2", left) or details or str(code))

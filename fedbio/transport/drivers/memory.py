@@ -9,9 +9,10 @@ import threading
 from collections.abc import Callable
 
 from fedbio.errors import MachineError
-from fedbio.transport.credentials import Credentials
+from fedbio.transport.credentials import Identity
 from fedbio.transport.drivers.base import Connection, ConnectionClosed, Driver, Lane, Listener
 from fedbio.transport.drivers.outbox import Outbox
+from fedbio.transport.frames import Frame, header, payload_bytes
 from fedbio.transport.limits import Limits
 
 _listeners: dict[str, _MemoryListener] = {}
@@ -25,18 +26,22 @@ class _MemoryConnection(Connection):
         self._incoming = incoming
         self._outgoing = outgoing
 
-    def _receive(self) -> bytes:
+    def _receive(self) -> list[Frame]:
         frames = self._incoming.take()
         if frames is None:
-            self._outgoing.close("closed by the peer", drop=True)
+            # what was written before our own `close` still arrives
+            self._outgoing.close("closed by the peer", drop=self._outgoing.reason is None)
             raise ConnectionClosed(self._outgoing.reason)
+        for frame in frames:
+            payload_bytes(header(frame), self.allowed_bytes)
         return frames
 
-    def write(self, frame: bytes, lane: Lane = Lane.URGENT) -> None:
+    def write(self, frame: Frame, lane: Lane = Lane.URGENT) -> None:
         self._outgoing.put(frame, lane)
 
     def close(self) -> None:
         self._outgoing.close("closed here", drop=False)
+        self._incoming.close("closed here", drop=True)
 
     def abort(self) -> None:
         self._outgoing.close("closed here", drop=True)
@@ -60,9 +65,9 @@ class _MemoryListener(Listener):
 
 
 class MemoryDriver(Driver):
-    """Connections between two ends in this process; names are those in the certificates."""
+    """Connections between two ends in this process; names are those in the certificates, if there are any."""
 
-    def listen(self, address: str, credentials: Credentials, limits: Limits) -> Listener:
+    def listen(self, address: str, credentials: Identity, limits: Limits) -> Listener:
         host, _, port = address.rpartition(":")
         with _lock:
             taken = f"{host}:{next(_ports)}" if port == "0" else address
@@ -71,7 +76,7 @@ class MemoryDriver(Driver):
             listener = _listeners[taken] = _MemoryListener(taken)
         return listener
 
-    def dial(self, address: str, credentials: Credentials, timeout_s: float) -> Connection:
+    def dial(self, address: str, credentials: Identity, timeout_s: float) -> Connection:
         name = credentials.check()
         with _lock:
             listener = _listeners.get(address)

@@ -8,13 +8,13 @@ import collections
 import threading
 
 from fedbio.transport.drivers.base import ConnectionClosed, Lane
+from fedbio.transport.frames import Frame
 
 BULK_FRAMES = 2
 """Bulk frames queued at most: one on the link, one ready; more would only delay what is urgent."""
 
 URGENT_FRAMES = 1024
 """Urgent frames queued at most: a peer that reads none of so many is as good as gone."""
-
 
 JOINED_BYTES = 64 << 10
 """Urgent frames leave together up to this size."""
@@ -27,8 +27,8 @@ class Outbox:
     """Urgent frames leave first and together, lazy ones with the next, bulk frames wait for their turn."""
 
     def __init__(self) -> None:
-        self._urgent: collections.deque[bytes] = collections.deque()
-        self._bulk: collections.deque[bytes] = collections.deque()
+        self._urgent: collections.deque[Frame] = collections.deque()
+        self._bulk: collections.deque[Frame] = collections.deque()
         self._lock = threading.Lock()
         self._filled = threading.Condition(self._lock)
         self._drained = threading.Condition(self._lock)
@@ -40,7 +40,7 @@ class Outbox:
         """Why no more frames are taken; None while they are."""
         return self._reason
 
-    def put(self, frame: bytes, lane: Lane) -> None:
+    def put(self, frame: Frame, lane: Lane) -> None:
         """Queue a frame; a bulk one waits while the bulk lane is full."""
         bulk = lane is Lane.BULK
         with self._lock:
@@ -54,35 +54,36 @@ class Outbox:
             self._hurry = self._hurry or lane is not Lane.LAZY
             self._filled.notify()
 
-    def take(self) -> bytes | None:
-        """Wait for the next frames to send, joined; None after `close`, once all that was queued is out.
+    def take(self) -> list[Frame] | None:
+        """Wait for the next frames to send together; None after `close`, once all that was queued is out.
 
         Small frames that are ready together leave together: a message costs the link far more than its bytes do.
         """
         with self._lock:
-            while not self._urgent and not self._bulk:
-                if self._reason is not None:
-                    return None
-                self._filled.wait()
+            self._wait_for_frames()
             if not self._hurry and self._reason is None:
                 self._filled.wait(LINGER_S)
+                self._wait_for_frames()  # those that were there may have been dropped
+            if not self._urgent and not self._bulk:
+                return None
             self._hurry = bool(self._bulk)
             if self._urgent:
                 return self._join_urgent()
             self._drained.notify()
             self._hurry = bool(self._bulk)
-            return self._bulk.popleft()
+            return [self._bulk.popleft()]
 
-    def _join_urgent(self) -> bytes:
-        first = self._urgent.popleft()
-        if not self._urgent:
-            return first
-        joined = [first]
-        size = len(first)
-        while self._urgent and (size := size + len(self._urgent[0])) <= JOINED_BYTES:
+    def _wait_for_frames(self) -> None:
+        while not self._urgent and not self._bulk and self._reason is None:
+            self._filled.wait()
+
+    def _join_urgent(self) -> list[Frame]:
+        joined = [self._urgent.popleft()]
+        size = joined[0].size
+        while self._urgent and (size := size + self._urgent[0].size) <= JOINED_BYTES:
             joined.append(self._urgent.popleft())
         self._hurry = self._hurry or bool(self._urgent)
-        return b"".join(joined)
+        return joined
 
     def close(self, reason: str, *, drop: bool) -> None:
         """Take no more frames; keep those queued unless told to drop them."""
