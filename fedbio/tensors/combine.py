@@ -1,67 +1,82 @@
-"""Combine models of several sites: check each against what was asked for, then average them in a fixed order."""
+"""Average models of several sites, block by block and in a fixed order, so that timing and memory leave no trace."""
 
 from __future__ import annotations
 
-__all__ = ["check_matches", "manifest", "weighted_mean"]
+__all__ = ["MEAN_DTYPE", "BlockMean", "mean_manifest", "shares", "weighted_mean"]
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedbio.errors import ProtocolError
+from fedbio.tensors.check import Manifest
 
 Tensors = Mapping[str, np.ndarray[Any, Any]]
-Manifest = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+
+MEAN_DTYPE = np.dtype("<f4")
+"""What means are stored as."""
+
+BLOCK_VALUES = 1 << 15
+"""Values averaged at a time: two blocks of float64 sums, and what they are made from, stay in a core's L2 cache."""
 
 
-def manifest(tensors: Tensors) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Return the shape and dtype of each tensor: what `check_matches` holds an answer against."""
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-
-
-def check_matches(tensors: Tensors, expected: Tensors | Manifest, *, source: str = "") -> None:
-    """Refuse tensors whose names, shapes, dtypes or finiteness differ from what is expected.
-
-    Parameters
-    ----------
-    tensors : mapping of str to ndarray
-        What has arrived.
-    expected : mapping
-        A model to match, or the `manifest` of one.
-    source : str
-        Where the tensors came from, for the message.
+def shares(weights: Mapping[str, float]) -> dict[str, float]:
+    """Return each site's part of the whole, in the order in which sites are added: sorted by name.
 
     Raises
     ------
     ProtocolError
-        Naming source and tensor, what was found and what was expected.
+        If a weight is not a finite number >= 0, or all of them are zero.
     """
-    prefix = f"{source}: " if source else ""
-    wanted = {
-        name: (each.shape, each.dtype) if isinstance(each, np.ndarray) else each for name, each in expected.items()
-    }
-    for kind, names in (("missing", wanted.keys() - tensors.keys()), ("unexpected", tensors.keys() - wanted.keys())):
-        if names:
-            shown = ", ".join(map(repr, sorted(names)[:3]))
-            raise ProtocolError(f"{prefix}{len(names)} tensor(s) {kind}: {shown}; the model differs from the task's")
-    for name, (shape, dtype) in wanted.items():
-        tensor = tensors[name]
-        if tensor.shape != shape or tensor.dtype != dtype:
-            raise ProtocolError(
-                f"{prefix}tensor {name!r}: {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
-            )
-        if tensor.dtype.kind in "fc" and not _is_finite(tensor):
-            bad = int(tensor.size - np.count_nonzero(np.isfinite(tensor)))
-            raise ProtocolError(f"{prefix}tensor {name!r}: {bad} of {tensor.size} values are not finite")
+    ordered = sorted(weights)
+    for name in ordered:
+        if not math.isfinite(weights[name]) or weights[name] < 0:
+            raise ProtocolError(f"{name}: weight {weights[name]} is not a finite number >= 0")
+    total = math.fsum(weights.values())
+    if total <= 0:
+        raise ProtocolError(f"the weights of {', '.join(ordered)} are all zero")
+    return {name: weights[name] / total for name in ordered}
 
 
-def _is_finite(tensor: np.ndarray[Any, Any]) -> bool:
-    # one pass without a temporary array decides nearly always: a sum can only hide infinities as NaN, never as a number
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = np.add.reduce(tensor, axis=None)
-    return bool(np.isfinite(total)) or bool(np.isfinite(tensor).all())
+def mean_manifest(models: Manifest) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Return the shape and dtype of each tensor in the mean of models that are like this."""
+    return {name: (shape, MEAN_DTYPE) for name, (shape, _) in models.items()}
+
+
+class BlockMean:
+    """Averages runs of values in float64, one short block after the other; its two blocks are all the memory it takes.
+
+    Parameters
+    ----------
+    shares : sequence of float
+        The part of each run in the mean, in the order in which they are added.
+    """
+
+    def __init__(self, shares: Sequence[float]) -> None:
+        self._shares = tuple(shares)
+        self._sum, self._term = np.empty(BLOCK_VALUES), np.empty(BLOCK_VALUES)
+
+    def __call__(self, runs: Sequence[NDArray[Any]], out: NDArray[Any]) -> None:
+        """Write the mean of `runs`, one for each share and all as long as `out`, to `out`; all have one dimension.
+
+        Values that are not finite make means that are not, without a warning: look at `out`.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            for begin in range(0, len(out), BLOCK_VALUES):
+                block = out[begin : begin + BLOCK_VALUES]
+                total, term = self._sum[: len(block)], self._term[: len(block)]
+                target = total
+                for run, share in zip(runs, self._shares, strict=True):
+                    # a cast of its own: a product of float32 values would be rounded before it is added
+                    target[:] = run[begin : begin + len(block)]
+                    np.multiply(target, share, out=target)
+                    if target is term:
+                        np.add(total, term, out=total)
+                    target = term
+                block[:] = total
 
 
 def weighted_mean(models: Sequence[tuple[str, Tensors, float]]) -> dict[str, np.ndarray[Any, Any]]:
@@ -75,7 +90,7 @@ def weighted_mean(models: Sequence[tuple[str, Tensors, float]]) -> dict[str, np.
     Returns
     -------
     dict of str to ndarray, dtype=np.float32
-        In the order of the first model's names. Sums are taken in float64, one tensor at a time.
+        In the order of the first model's names. Products and sums are taken in float64, in short blocks.
 
     Raises
     ------
@@ -84,13 +99,10 @@ def weighted_mean(models: Sequence[tuple[str, Tensors, float]]) -> dict[str, np.
     """
     if not models:
         raise ValueError("there is no model to average")
+    parts = shares({name: weight for name, _, weight in models})
+    if len(parts) < len(models):
+        raise ValueError("two models have one name")
     ordered = sorted(models, key=lambda model: model[0])
-    for name, _, weight in ordered:
-        if not math.isfinite(weight) or weight < 0:
-            raise ProtocolError(f"{name}: weight {weight} is not a finite number >= 0")
-    total = math.fsum(weight for _, _, weight in ordered)
-    if total <= 0:
-        raise ProtocolError(f"the weights of {', '.join(name for name, _, _ in ordered)} are all zero")
     _, first, _ = ordered[0]
     for name, tensors, _ in ordered[1:]:
         for key in sorted(first.keys() ^ tensors.keys()):
@@ -99,12 +111,9 @@ def weighted_mean(models: Sequence[tuple[str, Tensors, float]]) -> dict[str, np.
             if tensor.shape != first[key].shape:
                 found, wanted = list(tensor.shape), list(first[key].shape)
                 raise ProtocolError(f"{name}: tensor {key!r}: shape {found}, expected {wanted}")
+    average = BlockMean(list(parts.values()))
     mean = {}
     for key, reference in first.items():
-        accumulated = np.zeros(reference.shape, np.float64)
-        term = np.empty(reference.shape, np.float64)
-        for _, tensors, weight in ordered:
-            np.multiply(tensors[key], weight / total, out=term)
-            accumulated += term
-        mean[key] = accumulated.astype(np.float32)
+        mean[key] = np.empty(reference.shape, MEAN_DTYPE)
+        average([tensors[key].reshape(-1) for _, tensors, _ in ordered], mean[key].reshape(-1))
     return mean

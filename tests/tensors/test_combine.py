@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from fedbio.errors import ProtocolError
-from fedbio.tensors import check_matches, manifest, weighted_mean
+from fedbio.tensors import weighted_mean
+from fedbio.tensors.combine import BLOCK_VALUES
 
 F = np.float32
 
@@ -55,22 +57,31 @@ def test_models_that_do_not_fit_are_refused(models: list, text: str) -> None:
         weighted_mean(models)
 
 
-@pytest.mark.parametrize(
-    ("tensors", "text"),
-    [
-        ({"w": np.ones(2, F)}, r"site-3: 1 tensor\(s\) missing: 'b'; the model differs from the task's"),
-        ({**model(1, 2), "x": np.ones(1)}, r"site-3: 1 tensor\(s\) unexpected: 'x'"),
-        ({**model(1, 2, 3)}, r"site-3: tensor 'w': float32 \[3\], expected float32 \[2\]"),
-        ({**model(1, 2), "w": np.ones(2)}, r"site-3: tensor 'w': float64 \[2\], expected float32 \[2\]"),
-        (model(1, float("nan")), "site-3: tensor 'w': 1 of 2 values are not finite"),
-        (model(float("inf"), float("-inf")), "site-3: tensor 'w': 2 of 2 values are not finite"),
-    ],
-)
-def test_answer_that_differs_from_the_task_is_refused_by_name(tensors: dict, text: str) -> None:
-    with pytest.raises(ProtocolError, match=text):
-        check_matches(tensors, model(1, 2), source="site-3")
+def test_products_are_taken_in_float64() -> None:
+    third = np.array([1.0, 0.1], F) / F(3)
+    mean = weighted_mean([("a", {"w": third}, 1), ("b", {"w": third}, 6)])["w"]
+    wide = third.astype(np.float64)
+    assert mean.tolist() == (wide * (1 / 7) + wide * (6 / 7)).astype(F).tolist()
 
 
-def test_answer_that_matches_is_taken_also_when_its_sum_overflows() -> None:
-    top = np.finfo(F).max
-    check_matches(model(top, top), manifest(model(1, 2)))
+def test_blocks_leave_no_trace_in_a_long_or_strided_tensor() -> None:
+    dice = np.random.default_rng(2)
+    wide = [dice.standard_normal((3, BLOCK_VALUES)).astype(dtype) for dtype in (F, np.float64, np.float16)]
+    parts = {"a": 0.2, "b": 0.3, "c": 0.5}
+    expected = sum(each.astype(np.float64) * part for each, part in zip(wide, parts.values(), strict=True)).astype(F)
+    mean = weighted_mean([(name, {"w": w.T}, part) for (name, part), w in zip(parts.items(), wide, strict=True)])
+    np.testing.assert_array_equal(mean["w"], expected.T)
+
+
+def test_memory_beyond_the_mean_does_not_grow_with_the_model() -> None:
+    models = [(name, {"w": np.ones(8 << 20, F)}, 1) for name in "ab"]
+    tracemalloc.start()
+    weighted_mean(models)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (32 << 20) + (2 << 20)
+
+
+def test_a_name_that_comes_twice_is_a_bug() -> None:
+    with pytest.raises(ValueError, match="two models have one name"):
+        weighted_mean([("a", model(1), 1), ("a", model(1), 1)])
