@@ -18,7 +18,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedbio.errors import SettingsError
 from fedbio.files import exclusive_lock, whole_file, write_whole
-from fedbio.settings import FederationFile, KitFile
+from fedbio.settings import FederationFile, KitFile, load
+from fedbio.transport import drivers
 
 AUTHORITY_DAYS = 3650
 CLOCK_SKEW = datetime.timedelta(minutes=10)
@@ -44,26 +45,37 @@ def provision(settings: FederationFile, out: str | os.PathLike[str]) -> list[Pat
     Returns
     -------
     list of Path
-        The kits made now; those that exist are left as they are.
+        The kits made now; those that exist keep their certificate and key. If the driver has changed, it changes in all
+        kits.
 
     Raises
     ------
     SettingsError
-        If two parties have one name, or `out` holds the kits of another federation.
+        If two parties have one name, no driver has the name, or `out` holds the kits of another federation.
     """
     folder = Path(out)
     parties = [settings.server.name, *settings.sites]
     for name in parties:
         if name == "ca" or parties.count(name) > 1:
             raise SettingsError(f"party {name!r}: the name is taken; give every party its own, and none the name 'ca'")
+    if settings.driver == "memory":
+        raise SettingsError("driver: memory joins the two ends of one process; choose grpc, tcp or http")
+    drivers.load(settings.driver)  # a name that is misspelt shall not go into the kits
     with exclusive_lock(folder / ".lock", f"{folder}"):
         authority = _authority(settings.federation, folder / "ca")
         missing = [name for name in parties if not (folder / name / "kit.yaml").exists()]
         made = [_make_kit(folder / name, name, settings, authority) for name in missing]
-        if made and settings.server.name not in missing:
-            # sites that joined later: the server has to expect them; its certificate and key stay
-            _write_kit_file(folder / settings.server.name, settings.server.name, settings)
+        for name in parties:
+            if name not in missing and _is_outdated(folder / name, name, settings, added=bool(made)):
+                _write_kit_file(folder / name, name, settings)
         return made
+
+
+def _is_outdated(kit: Path, name: str, settings: FederationFile, *, added: bool) -> bool:
+    """Whether a kit's file, not its certificate and key, has to say something else."""
+    # sites that joined later: the server has to expect them
+    expects_more = added and name == settings.server.name
+    return expects_more or load(kit / "kit.yaml", KitFile).driver != settings.driver
 
 
 def _authority(federation: str, folder: Path) -> _Identity:
@@ -122,6 +134,7 @@ def _write_kit_file(kit: Path, name: str, settings: FederationFile) -> None:
         role="server" if is_server else "site",
         server=settings.server.address,
         server_name=settings.server.name,
+        driver=settings.driver,
         sites=settings.sites if is_server else [],
     )
     write_whole(kit / "kit.yaml", yaml.safe_dump(content.model_dump(), sort_keys=False))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 __all__ = [
     "FILES",
+    "SCHEMES",
     "ClassifyJob",
     "EmbedJob",
     "EncoderSettings",
@@ -25,12 +26,17 @@ __all__ = [
     "JobsFile",
     "KitFile",
     "ProjectionJob",
+    "Quantization",
     "ReportSettings",
     "RunSettings",
+    "ServerParty",
     "ServerSettings",
+    "ServerTransport",
     "SiteSettings",
     "SitesSettings",
+    "TaskKind",
     "TrainingSettings",
+    "Transport",
     "check",
     "check_party",
     "load",
@@ -47,46 +53,28 @@ from pydantic import AfterValidator, Field
 from fedbio.compartments import COMPARTMENTS
 from fedbio.errors import SettingsError
 from fedbio.settings_files import describe_problems, read_yaml, with_overrides
+from fedbio.settings_parts import (
+    DRIVER,
+    SCHEMES,
+    Address,
+    DriverName,
+    FederationLimits,
+    Hidden,
+    PartyName,
+    Quantization,
+    QuantizationSetting,
+    Scheme,
+    Seconds,
+    Section,
+    ServerTransport,
+    TaskKind,
+    Transport,
+    no_twins,
+    parse_hidden,
+)
 
 
-def parse_hidden(text: str) -> tuple[int, ...]:
-    """Turn an MLP's name into the widths of its hidden layers: ``"256-128-64"`` into ``(256, 128, 64)``.
-
-    Raises
-    ------
-    ValueError
-        If the text is not one to eight widths between 1 and 65,536 joined by hyphens.
-    """
-    widths = tuple(int(part) if part.isascii() and part.isdigit() else 0 for part in text.split("-"))
-    if not (1 <= len(widths) <= 8 and all(1 <= width <= 65_536 for width in widths)):
-        raise ValueError("expected one to eight layer widths joined by hyphens, for example 256-128-64")
-    return widths
-
-
-def _is_hidden(text: str) -> str:
-    parse_hidden(text)
-    return text
-
-
-def _no_twins(values: list[Any]) -> list[Any]:
-    twins = sorted({str(value) for value in values if values.count(value) > 1})
-    if twins:
-        raise ValueError(f"{', '.join(twins)} named twice; name each once")
-    return values
-
-
-PartyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")]
-Hidden = Annotated[str, AfterValidator(_is_hidden)]
-Seconds = Annotated[float, Field(gt=0, le=1e7)]
-TaskKind = Literal["embed", "statistics", "train", "evaluate", "publish", "map"]
-
-
-class _Settings(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class EncoderSettings(_Settings):
+class EncoderSettings(Section):
     name: str = "esm1nv-44m"
     """A built-in architecture, or the path of a folder or checkpoint file with trained weights."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
@@ -99,15 +87,15 @@ class EncoderSettings(_Settings):
     """What to do with proteins longer than the encoder takes: cut the end off, or average overlapping windows."""
 
 
-class TrainingSettings(_Settings):
-    mlps: Annotated[list[Hidden], Field(min_length=1), AfterValidator(_no_twins)] = [
+class TrainingSettings(Section):
+    mlps: Annotated[list[Hidden], Field(min_length=1), AfterValidator(no_twins)] = [
         "32",
         "128-64",
         "256-128-64",
         "512-256-128-64",
     ]
     """Hidden layers of each classifier to train."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_no_twins)] = [0, 1, 2]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(no_twins)] = [0, 1, 2]
     """Each classifier is trained once per seed."""
     rounds: Annotated[int, Field(ge=1, le=100_000)] = 30
     """The most rounds of federated averaging; alone, a site trains for as many."""
@@ -129,38 +117,47 @@ class TrainingSettings(_Settings):
     """A site with fewer training proteins abstains: sums over so few would give single embeddings away."""
 
 
-class FederationLimits(_Settings):
-    min_sites: Annotated[int, Field(ge=1)] | None = None
-    """A round goes on with so many results once its deadline has passed; null means every site."""
-    join_deadline_s: Seconds = 3600.0
-    """Seconds that the server waits for `min_sites` to join, and a site for the server."""
-    round_deadline_s: Seconds = 3600.0
-    """Seconds that the server waits for the results of a task."""
-    heartbeat_s: Seconds = 5.0
-    """Seconds between two signs of life, both ways; a peer silent for three of them is gone."""
+Aggregation = Literal["memory", "file", "lockstep"]
 
 
-class EmbedJob(_Settings):
+def _check_aggregation(aggregation: Aggregation, quantization: Quantization) -> None:
+    if aggregation != "memory" and quantization.to_sites is not None:
+        raise ValueError(
+            f"quantization.to_sites is {quantization.to_sites}, but with aggregation {aggregation} the server holds no "
+            "model that it could quantize; set it to null"
+        )
+
+
+class EmbedJob(Section):
     """Every site turns its own proteins into embeddings with the encoder that the server names."""
 
     name: PartyName = "embed"
     workflow: Literal["embed"]
     encoder: EncoderSettings = EncoderSettings()
-    classes: Annotated[list[str], Field(min_length=2), AfterValidator(_no_twins)] = list(COMPARTMENTS)
+    classes: Annotated[list[str], Field(min_length=2), AfterValidator(no_twins)] = list(COMPARTMENTS)
     """Labels outside them are errors, which a site hears of before it embeds."""
 
 
-class ClassifyJob(_Settings):
+class ClassifyJob(Section):
     """Every site trains alone, all sites train together, and the difference is measured."""
 
     name: PartyName = "classify"
     workflow: Literal["classify"]
-    classes: Annotated[list[str], Field(min_length=2), AfterValidator(_no_twins)] = list(COMPARTMENTS)
+    classes: Annotated[list[str], Field(min_length=2), AfterValidator(no_twins)] = list(COMPARTMENTS)
     """The locations to tell apart, in the order of the classifier's outputs; labels outside them are errors."""
     training: TrainingSettings = TrainingSettings()
+    aggregation: Aggregation = "memory"
+    """Where models are averaged: in the server's memory, in its files, or, in lockstep, while they pass through it."""
+    quantization: QuantizationSetting = Quantization()
+    """In which scheme the models of rounds travel: one for both ways, or keys for each; null sends them exact."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_across(self) -> ClassifyJob:
+        _check_aggregation(self.aggregation, self.quantization)
+        return self
 
 
-class ProjectionJob(_Settings):
+class ProjectionJob(Section):
     """One 2-D map of all sites' proteins; their coordinates leave the sites that allow it."""
 
     name: PartyName = "map"
@@ -172,16 +169,17 @@ class ProjectionJob(_Settings):
 Job = Annotated[EmbedJob | ClassifyJob | ProjectionJob, Field(discriminator="workflow")]
 
 
-class JobsFile(_Settings):
+class JobsFile(Section):
     """What a server runs, one job after the other."""
 
     jobs: Annotated[list[Job], Field(min_length=1)]
-    sites: Annotated[list[PartyName], Field(min_length=1), AfterValidator(_no_twins)] | None = None
+    sites: Annotated[list[PartyName], Field(min_length=1), AfterValidator(no_twins)] | None = None
     """Who is expected; null means every site that the federation has a kit for."""
     federation: FederationLimits = FederationLimits()
+    transport: ServerTransport = ServerTransport()
 
 
-class SitesSettings(_Settings):
+class SitesSettings(Section):
     count: Annotated[int, Field(ge=1, le=1_000)] = 3
     """Number of sites."""
     by: str = "dirichlet"
@@ -197,7 +195,7 @@ class SitesSettings(_Settings):
         return [f"site-{number}" for number in range(1, self.count + 1)]
 
 
-class DemoSettings(_Settings):
+class DemoSettings(Section):
     proteins: Annotated[int, Field(ge=50)] = 900
     """How many synthetic proteins to write."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -206,14 +204,14 @@ class DemoSettings(_Settings):
     """From 0, each compartment has a composition of its own, to 1, only the sorting signals differ."""
 
 
-class ReportSettings(_Settings):
+class ReportSettings(Section):
     map: bool = True
     """Draw the 2-D map of the embeddings; for this the sites' 2-D coordinates go to the server."""
     map_points: Annotated[int, Field(ge=10, le=100_000)] = 500
     """The most proteins of a site on the map."""
 
 
-class RunSettings(_Settings):
+class RunSettings(Section):
     """A server and all sites on this machine, each a process of its own."""
 
     party: Literal["all"] = "all"
@@ -230,10 +228,17 @@ class RunSettings(_Settings):
     encoder: EncoderSettings = EncoderSettings()
     embeddings: str | None = None
     """An embeddings file of the same encoder to take vectors from instead of computing them again."""
-    classes: Annotated[list[str], Field(min_length=2), AfterValidator(_no_twins)] = list(COMPARTMENTS)
+    classes: Annotated[list[str], Field(min_length=2), AfterValidator(no_twins)] = list(COMPARTMENTS)
     """The locations to tell apart, in the order of the classifier's outputs; labels outside them are errors."""
     training: TrainingSettings = TrainingSettings()
+    aggregation: Aggregation = "memory"
+    """Where models are averaged: in the server's memory, in its files, or, in lockstep, while they pass through it."""
+    quantization: QuantizationSetting = Quantization()
+    """In which scheme the models of rounds travel: one for both ways, or keys for each; null sends them exact."""
     federation: FederationLimits = FederationLimits()
+    driver: DriverName = DRIVER
+    """What moves bytes between the parties: grpc, tcp, http, or one that an installed package offers."""
+    transport: ServerTransport = ServerTransport()
     report: ReportSettings = ReportSettings()
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -243,6 +248,7 @@ class RunSettings(_Settings):
         least = self.federation.min_sites
         if least is not None and least > self.sites.count:
             raise ValueError(f"federation.min_sites is {least}, but sites.count is only {self.sites.count}")
+        _check_aggregation(self.aggregation, self.quantization)
         return self
 
     @property
@@ -254,14 +260,20 @@ class RunSettings(_Settings):
         """Return the jobs of this run as the server reads them."""
         jobs: list[EmbedJob | ClassifyJob | ProjectionJob] = [
             EmbedJob(workflow="embed", encoder=self.encoder, classes=self.classes),
-            ClassifyJob(workflow="classify", classes=self.classes, training=self.training),
+            ClassifyJob(
+                workflow="classify",
+                classes=self.classes,
+                training=self.training,
+                aggregation=self.aggregation,
+                quantization=self.quantization,
+            ),
         ]
         if self.report.map:
             jobs.append(ProjectionJob(workflow="projection", points=self.report.map_points))
-        return JobsFile(jobs=jobs, sites=self.sites.names, federation=self.federation)
+        return JobsFile(jobs=jobs, sites=self.sites.names, federation=self.federation, transport=self.transport)
 
 
-class SiteSettings(_Settings):
+class SiteSettings(Section):
     """One site of a real federation."""
 
     party: Literal["site"]
@@ -279,7 +291,9 @@ class SiteSettings(_Settings):
     """auto, cpu, cuda or cuda:N."""
     connect_deadline_s: Seconds = 3600.0
     """Seconds to keep trying to reach the server before giving up."""
-    allow: Annotated[list[TaskKind], AfterValidator(_no_twins)] = [
+    heartbeat_s: Seconds = 5.0
+    """Seconds between two signs of life; a server that is silent for three of them is dialled anew."""
+    allow: Annotated[list[TaskKind], AfterValidator(no_twins)] = [
         "embed",
         "statistics",
         "train",
@@ -287,9 +301,12 @@ class SiteSettings(_Settings):
         "publish",
     ]
     """Tasks that this site takes; add map to let 2-D coordinates of your proteins leave."""
+    quantization: Annotated[list[Scheme], AfterValidator(no_twins)] = list(SCHEMES)
+    """Schemes in which models may come to this site and leave it; none means exact models only."""
+    transport: Transport = Transport()
 
 
-class ServerSettings(_Settings):
+class ServerSettings(Section):
     """The server of a real federation; it has no proteins."""
 
     party: Literal["server"]
@@ -301,7 +318,7 @@ class ServerSettings(_Settings):
     """Name of the folder under results/ for everything the server keeps."""
 
 
-class ServerParty(_Settings):
+class ServerParty(Section):
     name: PartyName = "server"
     """The name in the server's certificate."""
     address: Address
@@ -310,14 +327,17 @@ class ServerParty(_Settings):
     """Further host names or IP addresses for the server's certificate."""
 
 
-class FederationFile(_Settings):
+class FederationFile(Section):
     """Who takes part: what ``fedbio provision`` reads."""
 
     federation: PartyName
     """The federation's name."""
     server: ServerParty
-    sites: Annotated[list[PartyName], Field(min_length=1), AfterValidator(_no_twins)]
+    sites: Annotated[list[PartyName], Field(min_length=1), AfterValidator(no_twins)]
     """One name per site."""
+    driver: DriverName = DRIVER
+    """What moves bytes between server and sites: grpc, tcp, http, or one that an installed package offers. It goes into
+    every kit, since both ends must use the same; no other file sets it."""
     valid_days: Annotated[int, Field(ge=1, le=3650)] = 365
     """Days until the certificates expire."""
 
@@ -328,7 +348,7 @@ class FederationFile(_Settings):
         return self
 
 
-class KitFile(_Settings):
+class KitFile(Section):
     """What a party needs to know beside its certificate and key."""
 
     federation: PartyName
@@ -338,11 +358,13 @@ class KitFile(_Settings):
     """host:port under which the sites reach the server; the server listens on that port."""
     server_name: PartyName = "server"
     """The name in the server's certificate."""
+    driver: DriverName = DRIVER
+    """What moves bytes between server and sites."""
     sites: list[PartyName] = []
     """At the server: every site that has a kit."""
 
 
-FILES: dict[str, type[_Settings]] = {
+FILES: dict[str, type[Section]] = {
     "config": RunSettings,
     "site": SiteSettings,
     "server": ServerSettings,
@@ -358,7 +380,7 @@ PARTIES: dict[str, type[RunSettings] | type[SiteSettings] | type[ServerSettings]
     "server": ServerSettings,
 }
 
-S = TypeVar("S", bound=_Settings)
+S = TypeVar("S", bound=Section)
 
 
 def load(path: str | Path, model: type[S], overrides: list[str] | None = None) -> S:

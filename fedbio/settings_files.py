@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["describe_problems", "read_yaml", "with_overrides"]
+__all__ = ["describe_problems", "kind_of", "read_yaml", "with_overrides"]
 
 import difflib
 import re
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,23 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: expected keys and values, found {_shown(content)}")
     return content
+
+
+def kind_of(content: Mapping[str, Any]) -> str | None:
+    """Return which of `fedbio.settings.FILES` has these keys; None for the settings of a party, which name it.
+
+    Examples
+    --------
+    >>> kind_of({"jobs": []}), kind_of({"federation": "study", "sites": []}), kind_of({"party": "site", "kit": "kit"})
+    ('jobs', 'federation', None)
+    """
+    if "role" in content:
+        return "kit"
+    if isinstance(content.get("jobs"), list):
+        return "jobs"
+    # settings of a run have a section of this name, and a number of sites
+    is_federation = isinstance(content.get("federation"), str) or isinstance(content.get("sites"), list)
+    return "federation" if is_federation else None
 
 
 def with_overrides(content: dict[str, Any], overrides: list[str], path: str | Path) -> dict[str, Any]:

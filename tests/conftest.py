@@ -6,10 +6,15 @@ import signal
 import socket
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
 from fedbio.weights import EncoderConfig, inference_shapes, write_weights
+
+# a busy machine is no fault of what is tested
+hypothesis.settings.register_profile("fedbio", deadline=None)
+hypothesis.settings.load_profile("fedbio")
 
 # a shell starts background jobs with Ctrl-C ignored, and processes inherit that; those that tests start must hear it
 signal.signal(signal.SIGINT, signal.default_int_handler)

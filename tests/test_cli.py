@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from fedbio.cli import COMMANDS
+from fedbio.provision import provision
+from fedbio.settings import FederationFile
 
 
 def fedbio(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -53,6 +55,34 @@ def test_bad_settings_are_exit_code_2_without_a_traceback(tmp_path: Path) -> Non
 def test_json_is_the_last_line_of_standard_output() -> None:
     result = fedbio("settings", "check", "--json", str(Path(__file__).parent.parent / "config" / "config.yaml"))
     assert json.loads(result.stdout.splitlines()[-1])["settings"]["dataset"] == "demo"
+
+
+def test_json_says_what_went_wrong_too(tmp_path: Path) -> None:
+    result = fedbio("settings", "check", "--json", str(tmp_path / "nothing.yaml"))
+    assert result.returncode == 2
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert last == {"error": f"{tmp_path}/nothing.yaml: there is no such settings file; check the path", "exit_code": 2}
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "site.yaml", "server.yaml", "federation.yaml", "jobs/classify.yaml"])
+def test_a_settings_file_is_known_by_its_keys(file: str) -> None:
+    result = fedbio("settings", "check", str(Path(__file__).parent.parent / "config" / file))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_site_looks_at_its_proteins_before_it_dials(tmp_path: Path) -> None:
+    kit = {"address": "127.0.0.1:1"}
+    provision(FederationFile(federation="demo", server=kit, sites=["site-1"]), tmp_path)
+    proteins = tmp_path / "mine.fasta"
+    proteins.write_text(">a TARGET=Anywhere\nMKR\n>b\nMK7R\n")
+    result = fedbio("site", "--kit", str(tmp_path / "site-1"), "--data", str(proteins), "-o", str(tmp_path / "out"))
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"fedbio: {proteins}:3: record 'b': letter '7' at residue 3 is not an amino acid")
+    missing = ["--labels", str(tmp_path / "labels.csv")]
+    result = fedbio(
+        "site", "--kit", str(tmp_path / "site-1"), "--data", str(proteins), "-o", str(tmp_path / "out"), *missing
+    )
+    assert result.stderr == f"fedbio: {missing[1]}: there is no such file of labels; check the path\n"
 
 
 def test_the_server_imports_no_torch() -> None:

@@ -63,6 +63,23 @@ def test_second_call_changes_nothing_and_a_new_party_is_added(tmp_path: Path) ->
     assert Credentials.from_kit(tmp_path / "site-2").check() == "site-2"
 
 
+def test_driver_goes_into_every_kit_and_changes_in_all_of_them(tmp_path: Path) -> None:
+    provision(federation("site-1"), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    assert provision(federation("site-1", driver="tcp"), tmp_path) == []
+    changed = [path for path, content in before.items() if path.read_bytes() != content]
+    assert sorted(changed) == [tmp_path / party / "kit.yaml" for party in ("server", "site-1")]
+    assert [load(path, KitFile).driver for path in changed] == ["tcp", "tcp"]
+
+
+def test_driver_that_nobody_offers_does_not_go_into_kits(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"driver: expected one of grpc, tcp, .*found 'htpp'"):
+        provision(federation("site-1", driver="htpp"), tmp_path)
+    with pytest.raises(SettingsError, match="memory joins the two ends of one process"):
+        provision(federation("site-1", driver="memory"), tmp_path)
+    assert not (tmp_path / "site-1").exists()
+
+
 def test_kit_that_was_cut_short_is_made_anew(tmp_path: Path) -> None:
     provision(federation("site-1"), tmp_path)
     (tmp_path / "site-1" / "kit.yaml").unlink()

@@ -45,6 +45,11 @@ def test_load_reports_all_problems_at_once_with_dotted_keys(tmp_path: Path) -> N
         ("encoder: {long: fold}", "config.yaml: encoder.long: expected 'cut' or 'window', found 'fold'"),
         ("training: {seeds: [1, 1]}", "config.yaml: training.seeds: 1 named twice; name each once"),
         ("federation: {min_sites: 4}", "config.yaml: federation.min_sites is 4, but sites.count is only 3"),
+        (
+            "aggregation: file\nquantization: int8",
+            "config.yaml: quantization.to_sites is int8, but with aggregation file the server holds no model that it "
+            "could quantize; set it to null",
+        ),
         ("- a list", "config.yaml: expected keys and values, found ['a list']"),
         (
             "run: one\nrun: two",
@@ -71,6 +76,40 @@ def test_jobs_file_suggests_keys_of_the_chosen_workflow(tmp_path: Path) -> None:
     assert problems_of(tmp_path, text, settings.JobsFile).splitlines() == [
         "config.yaml: jobs.0.encodr: unknown key; did you mean 'encoder'?",
         "config.yaml: jobs.1: expected 'workflow' to be one of 'embed', 'classify', 'projection', found 'clasify'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ("nf5", "quantization.to_sites: expected 'float16', 'bfloat16', 'int8', 'fp4' or 'nf4', found 'nf5'"),
+        ("{to_site: nf4}", "quantization.to_site: unknown key; did you mean 'to_sites'?"),
+        ("{error_feedback: true}", "quantization: error_feedback needs a scheme in to_sites or to_server"),
+    ],
+)
+def test_quantization_that_makes_no_sense_is_refused(tmp_path: Path, quantization: str, message: str) -> None:
+    text = f"jobs:\n  - {{workflow: classify, quantization: {quantization}}}\n"
+    assert f"config.yaml: jobs.0.{message}" in problems_of(tmp_path, text, settings.JobsFile).splitlines()
+
+
+def test_one_scheme_means_both_ways() -> None:
+    both = {"to_sites": "int8", "to_server": "int8", "error_feedback": False}
+    assert settings.ClassifyJob(workflow="classify", quantization="int8").quantization.model_dump() == both
+    run = settings.RunSettings(quantization={"to_server": "nf4", "error_feedback": True})
+    job = run.jobs().jobs[1]
+    assert isinstance(job, settings.ClassifyJob)
+    assert job.quantization == settings.Quantization(to_server="nf4", error_feedback=True)
+
+
+def test_limits_of_a_run_are_those_of_its_server(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("transport: {window_chunks: 32, max_peers: 3}\n")
+    found = settings.load(path, settings.RunSettings).jobs().transport
+    assert (found.window_chunks, found.max_peers, found.resume_s) == (32, 3, 120.0)
+    problem = problems_of(tmp_path, "transport: {window_chunks: 0, resume_m: 2}")
+    assert problem.splitlines() == [
+        "config.yaml: transport.window_chunks: expected a number >= 1, found 0",
+        "config.yaml: transport.resume_m: unknown key; did you mean 'resume_s'?",
     ]
 
 

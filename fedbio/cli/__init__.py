@@ -69,23 +69,27 @@ def _guarded(module: ModuleType, args: argparse.Namespace) -> int:
     except FedbioError as error:
         if args.debug:
             traceback.print_exc()
-        print(f"fedbio: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        return error.exit_code
+        return _fail(args, error.exit_code, "\n".join([str(error), *getattr(error, "__notes__", ())]))
     except KeyboardInterrupt:
-        print("fedbio: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return _fail(args, 130, "stopped; the same command goes on from here")
     except OSError as error:
         # a missing file, a closed folder or a full disk is this machine's matter, not a bug of ours
         if args.debug or error.errno not in _MACHINE_ERRORS:
             traceback.print_exc()
-            return 1
-        print(f"fedbio: {error.filename or 'this machine'}: {error.strerror}; {_MACHINE_ERRORS[error.errno]}",
-              file=sys.stderr)  # fmt: skip
-        return 2
+            return _fail(args, 1, str(error))
+        where = error.filename or "this machine"
+        return _fail(args, 2, f"{where}: {error.strerror}; {_MACHINE_ERRORS[error.errno]}")
     except Exception:
         traceback.print_exc()
-        print("fedbio: this is a bug of fedbio; please report it with the lines above", file=sys.stderr)
-        return 1
+        return _fail(args, 1, "this is a bug of fedbio; please report it with the lines above")
+
+
+def _fail(args: argparse.Namespace, code: int, reason: str) -> int:
+    """Say why a command ends, to a person and perhaps to a program, and return its exit code."""
+    print(f"fedbio: {reason}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"error": reason, "exit_code": code}), flush=True)
+    return code
 
 
 _MACHINE_ERRORS: dict[int | None, str] = {

@@ -6,13 +6,18 @@ __all__ = ["EXAMPLE", "configure", "run"]
 
 import argparse
 import os
+import time
 from pathlib import Path
 from typing import Any, get_args
 
 from fedbio.errors import SettingsError
-from fedbio.settings import SiteSettings, TaskKind, check, load
+from fedbio.settings import SiteSettings, TaskKind, check
+from fedbio.settings_files import read_yaml, with_overrides
 
 EXAMPLE = "fedbio site --kit site-1 --data proteins.fasta -o results/site --allow map"
+
+CHECK_S = 1.0
+"""Seconds that reading the proteins may take before the server is dialled; what is not read then, its tasks read."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -54,10 +59,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from fedbio.federation.site import Site
     from fedbio.transport import Credentials
 
-    if not Path(settings.proteins).is_file():
-        raise SettingsError(f"{settings.proteins}: there is no such file of proteins; check the path")
+    kit = load_kit(Path(settings.kit), "site")
+    _look_at(settings)
     Site(
-        kit=load_kit(Path(settings.kit), "site"),
+        kit=kit,
         credentials=Credentials.from_kit(settings.kit),
         workspace=args.output,
         data=Path(settings.proteins),
@@ -71,6 +76,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         jobs=args.job,
         server=args.server,
         connect_deadline_s=settings.connect_deadline_s,
+        heartbeat_s=settings.heartbeat_s,
+        quantization=settings.quantization,
+        transport=settings.transport,
         prepare=load_libraries,
     ).run()
     if not args.json:
@@ -78,15 +86,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"output": str(args.output), "model": str(args.output / "global")}
 
 
+def _look_at(settings: SiteSettings) -> None:
+    """Read the proteins for a moment: what is wrong with them is better said now than after the server was reached."""
+    from fedbio.proteins import read
+
+    for path, of in ((settings.proteins, "proteins"), (settings.labels, "labels")):
+        if path is not None and not Path(path).is_file():
+            raise SettingsError(f"{path}: there is no such file of {of}; check the path")
+    until = time.monotonic() + CHECK_S
+    # which labels are known is the job's to say
+    for _ in read(settings.proteins, labels=settings.labels, classes=None):
+        if time.monotonic() > until:
+            return
+
+
 def _settings(args: argparse.Namespace) -> SiteSettings:
     """Return the settings of the file, or of the arguments; an argument comes before the file."""
     if args.settings is None and not (args.kit and args.data):
         raise SettingsError("fedbio site: give --kit and --data, or --settings with a site's settings file")
-    content: dict[str, Any] = {"party": "site"}
-    source: str | Path = "arguments"
-    if args.settings is not None:
-        source = args.settings
-        content = load(args.settings, SiteSettings, args.set).model_dump()
+    source: str | Path = args.settings or "arguments"
+    content = {"party": "site"} if args.settings is None else read_yaml(args.settings)
     given = {
         "kit": args.kit,
         "proteins": args.data,
@@ -96,6 +115,6 @@ def _settings(args: argparse.Namespace) -> SiteSettings:
         "connect_deadline_s": args.connect_deadline_s,
     }
     content |= {key: value for key, value in given.items() if value is not None}
-    settings = check(content, SiteSettings, source)
+    settings = check(with_overrides(content, args.set, source), SiteSettings, source)
     allowed = [*settings.allow, *(kind for kind in args.allow if kind not in settings.allow)]
     return settings.model_copy(update={"allow": allowed})

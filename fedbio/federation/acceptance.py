@@ -7,16 +7,12 @@ __all__ = ["Expectation"]
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from fedbio.errors import FedbioError
-from fedbio.federation.model import ParamsType, Result, Status
+from fedbio.federation.model import IN_MEMORY, Delivery, ParamsType, Result, Status
+from fedbio.federation.model_file import FileModel
 from fedbio.tensors import check_matches
-
-Manifest = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
-"""Shape and dtype of each tensor, see `fedbio.tensors.manifest`."""
+from fedbio.tensors.check import Manifest, check_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +28,14 @@ class Expectation:
         abstains and carries no tensors. None if the task asks for no weight.
     params_type : ParamsType
         Whole models or differences.
+    delivery : Delivery
+        Where the tensors must be; in a file their values were looked at while they came.
     """
 
     manifest: Manifest | None = None
     weights: Mapping[str, int] | None = None
     params_type: ParamsType = ParamsType.FULL
+    delivery: Delivery = IN_MEMORY
 
     def problem(self, result: Result) -> str | None:
         """Return why `result` may not count, or None if it may. Failed and refused tasks pass: they claim nothing."""
@@ -58,12 +57,19 @@ class Expectation:
             return "tensors came where none were asked for" if _tensors(result) else None
         if model.params_type is not self.params_type or model.optimizer_params:
             return f"expected parameters of type {self.params_type}, found {model.params_type}"
+        in_file = isinstance(model, FileModel)
+        if in_file is not (self.delivery.kind == "file"):
+            return f"its parameters came {'in a file' if in_file else 'in memory'}, expected: {self.delivery.kind}"
         try:
-            check_matches(model.params, self.manifest)
+            if isinstance(model, FileModel):
+                check_manifest(model.file.manifest, self.manifest)
+            else:
+                check_matches(model.params, self.manifest)
         except FedbioError as error:
             return str(error)
         return None
 
 
 def _tensors(result: Result) -> bool:
-    return bool(result.model.params or result.model.optimizer_params)
+    model = result.model
+    return bool(model.params or model.optimizer_params) or isinstance(model, FileModel)

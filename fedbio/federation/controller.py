@@ -13,14 +13,17 @@ from typing import Any
 import msgspec
 
 from fedbio.errors import FederationError
-from fedbio.federation.acceptance import Expectation, Manifest
+from fedbio.federation.acceptance import Expectation
 from fedbio.federation.desk import Desk
 from fedbio.federation.filters import Chain
+from fedbio.federation.lockstep import Lockstep
 from fedbio.federation.messages import FileHeader
-from fedbio.federation.model import FLModel, Parameters, Result, Task
+from fedbio.federation.model import IN_MEMORY, Delivery, FLModel, Parameters, Result, Task
+from fedbio.federation.quantization import EXACT, Travel
 from fedbio.federation.state import State
 from fedbio.results import EventLog, PartyRecord
 from fedbio.settings import FederationLimits
+from fedbio.tensors.check import Manifest
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,6 +43,8 @@ class Runtime:
     limits : FederationLimits
     send_file : callable
         Streams a file to a site: name of the site, path, what the file is.
+    lockstep : Lockstep
+        Averages what sites stream.
     save_model : callable or None
         Writes the model that a job publishes into the server's workspace: its tensors, and what is said of them.
     outgoing, incoming : Chain
@@ -54,6 +59,7 @@ class Runtime:
     workspace: Path
     limits: FederationLimits
     send_file: Callable[[str, Path, FileHeader], None]
+    lockstep: Lockstep
     save_model: Callable[[Parameters, msgspec.Struct], None] | None = None
     outgoing: Chain = field(default_factory=Chain)
     incoming: Chain = field(default_factory=Chain)
@@ -100,6 +106,8 @@ class Controller(ABC):
         deadline_s: float | None = None,
         expect: Manifest | None = None,
         weights: Mapping[str, int] | None = None,
+        delivery: Delivery = IN_MEMORY,
+        travel: Travel = EXACT,
     ) -> list[Result]:
         """Hand one task to sites and wait for their results.
 
@@ -119,6 +127,10 @@ class Controller(ABC):
             What the tensors of a result must be; none may come by default.
         weights : mapping of str to int, optional
             The most weight that each site may claim; by default results have no weight.
+        delivery : Delivery
+            How the parameters of a result come.
+        travel : Travel
+            In which schemes the parameters of task and results travel; exact by default.
 
         Returns
         -------
@@ -133,15 +145,23 @@ class Controller(ABC):
         asked = self.sites() if sites is None else tuple(sites)
         sent = self.runtime.outgoing(model or FLModel(), task=task)
         results = self.runtime.desk.ask(
-            Task(name=task, model=sent, job=self.job),
+            Task(name=task, model=sent, job=self.job, delivery=delivery),
             asked,
-            Expectation(manifest=expect, weights=weights),
+            Expectation(manifest=expect, weights=weights, delivery=delivery),
             min_responses=self.runtime.desk.needed(len(asked)) if min_responses is None else min_responses,
             deadline_s=self.runtime.limits.round_deadline_s if deadline_s is None else deadline_s,
+            travel=travel,
         )
         return [msgspec.structs.replace(each, model=self.runtime.incoming(each.model, task=task)) for each in results]
 
-    def send(self, task: str, model: FLModel | None = None, *, expect: Manifest | None = None) -> Result:
+    def send(
+        self,
+        task: str,
+        model: FLModel | None = None,
+        *,
+        expect: Manifest | None = None,
+        delivery: Delivery = IN_MEMORY,
+    ) -> Result:
         """Hand one task to one site, the first that does it, and return its result.
 
         Raises
@@ -152,7 +172,9 @@ class Controller(ABC):
         failures: list[str] = []
         for site in self.sites():
             try:
-                [result] = self.broadcast_and_wait(task, model, [site], min_responses=1, expect=expect)
+                [result] = self.broadcast_and_wait(
+                    task, model, [site], min_responses=1, expect=expect, delivery=delivery
+                )
                 return result
             except FederationError as error:
                 failures.append(str(error))

@@ -12,15 +12,19 @@ __all__ = ["Desk", "Post"]
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedbio.errors import FederationError, TransportError
+import msgspec
+
+from fedbio.errors import FederationError, PeerUnreachable, ProtocolError, TransportError
 from fedbio.federation.acceptance import Expectation
 from fedbio.federation.messages import Join
 from fedbio.federation.model import Result, Status, Task, encode
+from fedbio.federation.model_file import FileModel, ModelFilePayload
+from fedbio.federation.quantization import EXACT, Packer, Travel
 from fedbio.results import EventLog
-from fedbio.transport import Payload, TensorPayload
+from fedbio.transport import Payload
 from fedbio.transport.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -37,6 +41,9 @@ SENDERS = 16
 RETRY_S = 1.0
 """Seconds until a task is sent again to a site that is still here."""
 
+SEND_TRIES = 3
+"""How often a task is sent to a site that does not accept it."""
+
 Post = Callable[[str, bytes, Payload | None], None]
 """Sends a task to a site: its name, the body, the payload; blocks until the site has it all, or raises."""
 
@@ -44,6 +51,7 @@ Post = Callable[[str, bytes, Payload | None], None]
 @dataclass(slots=True)
 class _Presence:
     here: bool = False
+    lost: bool = False
     since: float = field(default_factory=time.monotonic)
     join: Join = field(default_factory=lambda: Join(version=""))
 
@@ -55,6 +63,8 @@ class _OpenTask:
     payload: Payload | None
     expected: Expectation
     pending: set[str]
+    delivering: set[str] = field(default_factory=set)
+    delivered: set[str] = field(default_factory=set)
     results: dict[str, Result] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
 
@@ -82,6 +92,7 @@ class Desk:
         self._changed = threading.Condition()
         self._bug: BaseException | None = None
         self._senders = Workers("push", most=SENDERS)
+        self._packer = Packer()
 
     def close(self) -> None:
         """Stop sending."""
@@ -90,36 +101,81 @@ class Desk:
     # what the transport reports
 
     def joined(self, site: str, join: Join) -> None:
-        """A site has presented itself; push it whatever it still has to answer."""
+        """A site's process has presented itself; push it whatever it still has to answer."""
         with self._changed:
             self._sites[site] = _Presence(here=True, join=join)
-            waiting = [each for each in self._open.values() if site in each.pending]
+            for each in self._open.values():
+                each.delivered.discard(site)
             self._changed.notify_all()
         self._events.write("site joined", site=site, version=join.version)
         log.info("site joined site=%s", site)
+        self._push_open(site)
+
+    def lost(self, site: str) -> None:
+        """A site's connection has ended or fallen silent; its process may come back."""
+        self._leaves(site, "site lost", lost=True)
+
+    def back(self, site: str) -> None:
+        """The same process is here again; what was under way to it goes on by itself."""
+        with self._changed:
+            presence = self._sites.get(site)
+            if presence is None or not presence.lost:
+                return
+            presence.here, presence.lost, presence.since = True, False, time.monotonic()
+            self._changed.notify_all()
+        self._events.write("site back", site=site)
+        self._push_open(site)
+
+    def gone(self, site: str) -> None:
+        """A site's process has left, or was not back in time."""
+        self._leaves(site, "site gone", lost=False)
+
+    def _leaves(self, site: str, event: str, *, lost: bool) -> None:
+        with self._changed:
+            presence = self._sites.get(site)
+            if presence is None or not (presence.here or presence.lost):
+                return
+            if presence.here:
+                presence.since = time.monotonic()
+            presence.here, presence.lost = False, lost
+            self._changed.notify_all()
+        self._events.write(event, site=site)
+
+    def _push_open(self, site: str) -> None:
+        with self._changed:
+            waiting = [each for each in self._open.values() if site in each.pending]
         for each in waiting:
             self._push(site, each)
 
-    def gone(self, site: str) -> None:
-        """A site's connection has ended or fallen silent."""
+    def schemes(self, site: str, task: str) -> Collection[str]:
+        """Return the quantization schemes in which a site's answer to a task may come."""
         with self._changed:
-            if site not in self._sites or not self._sites[site].here:
-                return
-            self._sites[site] = _Presence(here=False, join=self._sites[site].join)
-            self._changed.notify_all()
-        self._events.write("site gone", site=site)
-        log.info("site gone site=%s", site)
+            open_task = self._open.get(task)
+            agreed = open_task.task.answer_scheme if open_task and site in open_task.pending else None
+            return () if agreed is None else (agreed,)
+
+    def expecting(self, result: Result) -> Expectation:
+        """Return what a result must be whose parameters are about to come; `ProtocolError` if nobody waits for it."""
+        with self._changed:
+            return self._waiting(result).expected
+
+    def _waiting(self, result: Result) -> _OpenTask:
+        open_task = self._open.get(result.task)
+        if open_task is not None and result.site in open_task.pending:
+            return open_task
+        reason = "its task is not open"
+        if open_task is not None:
+            known = result.site in open_task.results or result.site in open_task.lost
+            reason = "it has answered already" if known else "it was not asked"
+        self._refuse(result, reason)
+        raise ProtocolError(f"the result is refused: {reason}")
 
     def answered(self, result: Result) -> None:
         """A site has sent a result; `result.site` comes from its certificate."""
         with self._changed:
-            open_task = self._open.get(result.task)
-            if open_task is None:
-                self._refuse(result, "its task is not open")
-                return
-            known = result.site in open_task.results or result.site in open_task.lost
-            if result.site not in open_task.pending:
-                self._refuse(result, "it has answered already" if known else "it was not asked")
+            try:
+                open_task = self._waiting(result)
+            except ProtocolError:
                 return
         # outside the lock: it looks at every number
         problem = open_task.expected.problem(result)
@@ -203,7 +259,14 @@ class Desk:
                 self._changed.wait(0.2)
 
     def ask(
-        self, task: Task, sites: Sequence[str], expected: Expectation, *, min_responses: int, deadline_s: float
+        self,
+        task: Task,
+        sites: Sequence[str],
+        expected: Expectation,
+        *,
+        min_responses: int,
+        deadline_s: float,
+        travel: Travel = EXACT,
     ) -> list[Result]:
         """Hand a task to sites and wait until all have answered, or for enough of them until the deadline.
 
@@ -216,10 +279,18 @@ class Desk:
         ------
         FederationError
             If fewer than `min_responses` can be had; it names every site that is missing, and why.
+        FormatError
+            If the scheme in which the model shall travel cannot hold it.
         """
+        task = msgspec.structs.replace(task, answer_scheme=travel.to_server, feedback=travel.feedback)
         body, tensors = encode(task)
-        # one payload for all sites: it is laid out and digested once
-        open_task = _OpenTask(task, body, TensorPayload(tensors) if tensors else None, expected, set(sites))
+        # one payload for all sites: it is laid out, quantized and digested once
+        payload: Payload | None
+        if isinstance(task.model, FileModel):
+            payload = ModelFilePayload(tensors, task.model.file)
+        else:
+            payload = self._packer.pack(tensors, travel.to_sites, exact=travel.exact, feedback=travel.feedback)
+        open_task = _OpenTask(task, body, payload, expected, set(sites))
         with self._changed:
             self._open[task.id] = open_task
         self._events.write(
@@ -281,6 +352,11 @@ class Desk:
             return self._sites[site].here
 
     def _push(self, site: str, open_task: _OpenTask) -> None:
+        with self._changed:
+            if site in open_task.delivering or site in open_task.delivered:
+                return
+            open_task.delivering.add(site)
+
         def push() -> None:
             try:
                 self._deliver(site, open_task)
@@ -293,22 +369,41 @@ class Desk:
         self._senders.submit(push)
 
     def _deliver(self, site: str, open_task: _OpenTask) -> None:
-        with self._changed:
-            presence = self._sites[site]
-
-        def is_over() -> bool:
-            # a site that has gone is pushed the task when it joins again
-            waits = site in open_task.pending and open_task.task.id in self._open
-            return not waits or self._sites[site] is not presence
-
+        """Send a task until the site has it; who is not here is sent it when it is here again."""
+        presence, refusals = self._sites[site], 0
         while True:
+            sent = False
             try:
-                return self._post(site, open_task.body, open_task.payload)
+                self._post(site, open_task.body, open_task.payload)
+                sent = True
             except TransportError as error:
                 log.info("task not delivered site=%s task=%s reason=%s", site, open_task.task.name, error)
+                refusals += not isinstance(error, PeerUnreachable)
+                if refusals >= SEND_TRIES:
+                    self._lose(site, open_task, str(error).removeprefix(f"{site}: "))
             with self._changed:
-                if self._changed.wait_for(is_over, RETRY_S):
-                    return None
+                if not sent and self._sites[site] is presence:
+                    self._changed.wait_for(lambda: self._is_settled(site, open_task), RETRY_S)
+                same, presence = self._sites[site] is presence, self._sites[site]
+                if (sent and same) or self._is_settled(site, open_task):
+                    if sent and same:
+                        open_task.delivered.add(site)
+                    open_task.delivering.discard(site)
+                    return
+
+    def _lose(self, site: str, open_task: _OpenTask, reason: str) -> None:
+        """A site is here and does not take a task."""
+        with self._changed:
+            if site in open_task.pending:
+                open_task.pending.discard(site)
+                open_task.lost[site] = reason
+                self._events.write("task not taken", site=site, task=open_task.task.name, reason=reason)
+                self._changed.notify_all()
+
+    def _is_settled(self, site: str, open_task: _OpenTask) -> bool:
+        """Whether there is no more to send, or nobody to send it to."""
+        waits = site in open_task.pending and open_task.task.id in self._open
+        return not waits or not self._sites[site].here
 
 
 def _takes(site: _Presence, job: str) -> bool:

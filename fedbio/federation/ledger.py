@@ -30,10 +30,15 @@ class Ledger:
         self._record, self._events = record, events
         self._lock = threading.Lock()
 
-    def add(self, kind: str, size: int, *, messages: int = 1, **details: str) -> None:
-        """Note that so many bytes of a kind are about to leave; before they do, so that nothing leaves unnoted."""
+    def add(self, kind: str, size: int, *, messages: int = 1, scheme: str | None = None, **details: str) -> None:
+        """Note that so many bytes of a kind are about to leave; before they do, so that nothing leaves unnoted.
+
+        They are those that travel: of a quantized model, with its `scheme`, the quantized ones.
+        """
         with self._lock:
             self._count(kind, size, messages)
+        if scheme is not None:
+            details["scheme"] = scheme
         self._events.write(SENT, kind=kind, bytes=size, messages=messages, **details)
 
     def recount(self, events: Path, since: str) -> None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 __all__ = [
     "ABORT",
     "BYE",
+    "CALL",
+    "COMMIT",
     "END",
     "FILE",
     "JOB_DONE",
     "JOIN",
+    "MEAN",
+    "PART",
     "PROTOCOL",
     "RESULT",
     "TASK",
+    "UPDATE",
     "WELCOME",
     "Abort",
+    "Exchange",
     "FileHeader",
     "JobDone",
     "Join",
@@ -39,6 +45,8 @@ TASK = "task"
 """Server to site: a task."""
 RESULT = "result"
 """Site to server: a result."""
+UPDATE = "update"
+"""Site to server: a result whose parameters go into a file."""
 FILE = "file"
 """Server to site: `FileHeader` with the file's bytes as payload."""
 JOB_DONE = "job-done"
@@ -49,6 +57,15 @@ ABORT = "abort"
 """Server to site: `Abort`."""
 BYE = "bye"
 """Site to server, empty: the site leaves for good."""
+
+CALL = "lockstep-call"
+"""Server to site: `Exchange`; the site shall send its part of it."""
+PART = "lockstep-part"
+"""Site to server: `Exchange` with the site's model as payload."""
+MEAN = "lockstep-mean"
+"""Server to site: `Exchange` with the mean as payload, while it is computed."""
+COMMIT = "lockstep-commit"
+"""Server to site: `Exchange`; the mean of this attempt counts."""
 
 
 class Join(msgspec.Struct):
@@ -85,6 +102,19 @@ class Abort(msgspec.Struct):
     """The server gives up, and why."""
 
     reason: str
+
+
+class Exchange(msgspec.Struct, frozen=True):
+    """One exchange of parts for their mean; an attempt that fails is followed by one with fewer sites."""
+
+    id: str
+    attempt: int = 1
+    run: str = ""
+    """Whose model is averaged, in the words of those who hold it."""
+    round: int = 0
+    """The round that begins with the mean."""
+    keep: tuple[int, ...] = ()
+    """Earlier rounds whose models may still be asked for."""
 
 
 S = TypeVar("S", bound=msgspec.Struct)

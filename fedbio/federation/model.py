@@ -7,12 +7,25 @@ other way.
 
 from __future__ import annotations
 
-__all__ = ["WEIGHT", "FLModel", "Parameters", "ParamsType", "Result", "Status", "Task", "decode", "encode"]
+__all__ = [
+    "IN_MEMORY",
+    "PARAMS",
+    "WEIGHT",
+    "Delivery",
+    "FLModel",
+    "Parameters",
+    "ParamsType",
+    "Result",
+    "Status",
+    "Task",
+    "decode",
+    "encode",
+]
 
 import enum
 import uuid
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -29,7 +42,10 @@ WEIGHT = "weight"
 MAX_INLINE_BYTES = 512 * 1024
 """Longer bodies travel in the payload."""
 
-_PARAMS, _OPTIMIZER, _BODY = "params/", "optimizer/", "body"
+PARAMS = "params/"
+"""Before the names of a model's parameters, among the tensors of a message."""
+
+_OPTIMIZER, _BODY = "optimizer/", "body"
 
 
 class ParamsType(enum.StrEnum):
@@ -45,6 +61,26 @@ class Status(enum.StrEnum):
     DONE = "done"
     REFUSED = "refused"
     FAILED = "failed"
+
+
+class Delivery(msgspec.Struct, frozen=True):
+    """How the parameters of an answer come to the server.
+
+    Parameters
+    ----------
+    kind : str
+        ``"memory"``: with the answer, to be held in memory; ``"file"``: with the answer, into a file;
+        ``"lockstep"``: not with the answer, the site keeps them as its part of an exchange.
+    run, round : str, int
+        Which exchange it is a part of: the run, and the round that begins with the mean.
+    """
+
+    kind: Literal["memory", "file", "lockstep"] = "memory"
+    run: str = ""
+    round: int = 0
+
+
+IN_MEMORY = Delivery()
 
 
 class FLModel(msgspec.Struct, kw_only=True):
@@ -63,6 +99,8 @@ class FLModel(msgspec.Struct, kw_only=True):
     params_type : ParamsType
     start_round, current_round, total_rounds : int
         Rounds count from 0.
+    held : str
+        The run whose model of `current_round` the site holds, and adds to `params`.
     """
 
     params: Parameters = {}
@@ -73,6 +111,7 @@ class FLModel(msgspec.Struct, kw_only=True):
     start_round: int = 0
     current_round: int = 0
     total_rounds: int = 1
+    held: str = ""
 
     @property
     def weight(self) -> float:
@@ -88,6 +127,12 @@ class Task(msgspec.Struct, kw_only=True):
     model: FLModel
     job: str = ""
     id: str = msgspec.field(default_factory=lambda: uuid.uuid4().hex)
+    delivery: Delivery = IN_MEMORY
+    """How the answer's parameters shall come."""
+    answer_scheme: str | None = None
+    """The quantization scheme in which the answer's parameters shall travel."""
+    feedback: str = ""
+    """The run in which the site adds to its next answer what quantization took from its last one."""
 
 
 class Result(msgspec.Struct, kw_only=True):
@@ -106,9 +151,11 @@ M = TypeVar("M", Task, Result)
 def encode(message: Task | Result) -> tuple[bytes, Parameters]:
     """Return the body of a message and the named tensors of its payload; no array is copied."""
     model = message.model
-    bare = msgspec.structs.replace(model, params={}, optimizer_params={})
+    # a model may be of a class that says where its parameters are; that stays here
+    numbers = {name: getattr(model, name) for name in FLModel.__struct_fields__}
+    bare = FLModel(**{**numbers, "params": {}, "optimizer_params": {}})
     body = msgspec.msgpack.encode(msgspec.structs.replace(message, model=bare))
-    tensors = {_PARAMS + name: value for name, value in model.params.items()}
+    tensors = {PARAMS + name: value for name, value in model.params.items()}
     tensors |= {_OPTIMIZER + name: value for name, value in model.optimizer_params.items()}
     if len(body) > MAX_INLINE_BYTES:
         tensors[_BODY] = np.frombuffer(body, dtype=np.uint8)
@@ -137,7 +184,7 @@ def decode(kind: type[M], body: bytes, tensors: Mapping[str, NDArray[Any]]) -> M
         raise ProtocolError("a message carries arrays in its body; they belong into its payload")
     for name, value in named.items():
         prefix, slash, rest = name.partition("/")
-        part = {_PARAMS: message.model.params, _OPTIMIZER: message.model.optimizer_params}.get(prefix + slash)
+        part = {PARAMS: message.model.params, _OPTIMIZER: message.model.optimizer_params}.get(prefix + slash)
         if part is None:
             raise ProtocolError(f"tensor {name!r} belongs to no part of a message; do both ends run one release?")
         part[rest] = value

@@ -7,7 +7,7 @@ __all__ = ["Server"]
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,18 +16,33 @@ import msgspec
 from fedbio import __version__
 from fedbio.errors import FedbioError, ProtocolError, TransportError
 from fedbio.federation import messages
+from fedbio.federation.allocation import use_one_arena
 from fedbio.federation.controller import Controller, Runtime
 from fedbio.federation.desk import Desk
 from fedbio.federation.filters import Chain
+from fedbio.federation.lockstep import Lockstep
 from fedbio.federation.messages import Abort, FileHeader, JobDone, Join, Welcome, pack, unpack
 from fedbio.federation.model import Parameters, Result, decode
+from fedbio.federation.model_file import UpdateSink, in_file
 from fedbio.federation.party import Party
+from fedbio.federation.quantization import scheme_of
 from fedbio.federation.state import State
+from fedbio.federation.transfers import Transfers
 from fedbio.federation.workflows.classify import Classify
 from fedbio.federation.workflows.embed import Embed
 from fedbio.federation.workflows.projection import Projection
 from fedbio.settings import ClassifyJob, EmbedJob, JobsFile, KitFile, ProjectionJob
-from fedbio.transport import Credentials, FilePayload, Payload, Received, ServerEndpoint
+from fedbio.transport import (
+    Credentials,
+    FilePayload,
+    Limits,
+    Opening,
+    Payload,
+    Presence,
+    Received,
+    ServerEndpoint,
+    Sink,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +70,8 @@ class Server:
         Writes the model that a job publishes: its tensors, and what is said of them.
     outgoing, incoming : Chain
         Filters on what leaves and arrives.
+    driver : str, optional
+        What moves frames; by default what the kit says.
     """
 
     kit: KitFile
@@ -65,7 +82,7 @@ class Server:
     save_model: Callable[[Parameters, msgspec.Struct], None] | None = None
     outgoing: Chain = field(default_factory=Chain)
     incoming: Chain = field(default_factory=Chain)
-    driver: str = "grpc"
+    driver: str | None = None
 
     def __post_init__(self) -> None:
         # a site's messages may come before all is set up; they wait for it
@@ -87,8 +104,10 @@ class Server:
         FederationError
             If a job cannot be completed; the sites are told why.
         """
+        use_one_arena()
         with (
             Party.open(self.workspace, self.kit.party, "server") as party,
+            Transfers() as transfers,
             ServerEndpoint(
                 self.listen,
                 self.credentials,
@@ -96,8 +115,12 @@ class Server:
                 on_message=self._on_message,
                 on_peer=self._on_peer,
                 name=self.kit.party,
+                sinks={messages.UPDATE: self._update_sink, messages.PART: self._part_sink},
+                schemes=self._schemes,
+                on_progress=transfers,
+                limits=Limits(**self.jobs.transport.model_dump()),
                 heartbeat_s=self.jobs.federation.heartbeat_s,
-                driver=self.driver,
+                driver=self.driver or self.kit.driver,
             ) as endpoint,
         ):
             log.info("server listening on %s", endpoint.address)
@@ -123,6 +146,7 @@ class Server:
         self._state = State(self.workspace)
         self._expected = tuple(self.jobs.sites or self.kit.sites)
         self._desk = Desk(self._expected, self._post_task, party.events, min_sites=self.jobs.federation.min_sites)
+        self._lockstep = Lockstep(self._exchange)
         self._done: set[str] = set()
         party.record.settings = self.jobs.model_dump(mode="json")
         party.events.write("listening", address=endpoint.address)
@@ -168,6 +192,7 @@ class Server:
             workspace=self.workspace,
             limits=self.jobs.federation,
             send_file=self._send_file,
+            lockstep=self._lockstep,
             save_model=self.save_model,
             outgoing=self.outgoing,
             incoming=self.incoming,
@@ -180,10 +205,17 @@ class Server:
 
     # what comes
 
-    def _on_peer(self, site: str, here: bool) -> None:
+    def _on_peer(self, site: str, presence: Presence) -> None:
         self._ready.wait()
-        if not here and not self._closed:
+        if self._closed:
+            return
+        if presence is Presence.LOST:
+            self._desk.lost(site)
+        elif presence is Presence.BACK:
+            self._desk.back(site)
+        elif presence is Presence.GONE:
             self._desk.gone(site)
+            self._lockstep.gone(site)
 
     def _on_message(self, received: Received) -> None:
         self._ready.wait()
@@ -195,17 +227,53 @@ class Server:
                 tensors = {} if received.payload is None else received.payload.tensors()
                 result = decode(Result, received.body, tensors)
                 self._desk.answered(msgspec.structs.replace(result, site=site))
+            elif received.topic == messages.UPDATE:
+                result = decode(Result, received.body, {})
+                model = result.model if received.payload is None else in_file(result.model, received.payload)
+                self._desk.answered(msgspec.structs.replace(result, site=site, model=model))
+            elif received.topic == messages.PART:
+                self._lockstep.take(received)
             elif received.topic == messages.JOIN:
                 self._on_join(site, unpack(Join, received.body))
             elif received.topic == messages.BYE:
                 self._left.add(site)
                 self._desk.gone(site)
+                self._lockstep.gone(site)
             else:
                 raise ProtocolError(f"unknown topic {received.topic!r}")
         except TransportError as error:
             self._desk.unreadable(site, str(error))
         except FedbioError as error:
             self._desk.unreadable(site, f"its tensors cannot be read: {error}")
+
+    def _schemes(self, opening: Opening) -> Collection[str]:
+        """Return the quantization schemes in which a message's model may come: the one that its task asked for."""
+        self._ready.wait()
+        try:
+            return self._desk.schemes(opening.peer, decode(Result, opening.body, {}).task)
+        except ProtocolError:
+            return ()
+
+    def _update_sink(self, opening: Opening) -> UpdateSink:
+        """Return where the parameters of a result go, if somebody waits for them."""
+        self._ready.wait()
+        site = opening.peer
+        try:
+            result = decode(Result, opening.body, {})
+        except ProtocolError as error:
+            self._desk.unreadable(site, str(error))
+            raise
+        expected = self._desk.expecting(msgspec.structs.replace(result, site=site))
+        return UpdateSink(
+            self.workspace / "spool",
+            expected.manifest or {},
+            lambda reason: self._desk.unreadable(site, reason),
+            schemes=self._schemes(opening),
+        )
+
+    def _part_sink(self, opening: Opening) -> Sink:
+        self._ready.wait()
+        return self._lockstep.sink(opening)
 
     def _on_join(self, site: str, join: Join) -> None:
         names = [job.name for job in self.jobs.jobs]
@@ -234,12 +302,18 @@ class Server:
     # what goes
 
     def _post_task(self, site: str, body: bytes, payload: Payload | None) -> None:
-        self._party.ledger.add("model" if payload else "control", len(body) + (payload.size if payload else 0), to=site)
+        size = len(body) + ((payload.size or 0) if payload else 0)
+        self._party.ledger.add("model" if payload else "control", size, to=site, scheme=scheme_of(payload))
         self._endpoint.send(site, messages.TASK, body, payload, self.jobs.federation.round_deadline_s)
+
+    def _exchange(self, site: str, topic: str, body: bytes, payload: Payload | None, timeout_s: float | None) -> None:
+        size = len(body) + ((payload.size or 0) if payload else 0)
+        self._party.ledger.add("model" if payload else "control", size, to=site)
+        self._endpoint.send(site, topic, body, payload, timeout_s)
 
     def _send_file(self, site: str, path: Path, header: FileHeader) -> None:
         payload = FilePayload(path)
-        self._party.ledger.add("encoder", payload.size, to=site)
+        self._party.ledger.add("encoder", payload.size or 0, to=site)
         self._endpoint.send(site, messages.FILE, pack(header), payload, self.jobs.federation.round_deadline_s)
 
     def _tell(self, site: str, topic: str, message: msgspec.Struct | None = None) -> None:

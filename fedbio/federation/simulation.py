@@ -19,7 +19,7 @@ from fedbio.federation.supervisor import Process, supervise
 from fedbio.files import write_whole
 from fedbio.provision import provision
 from fedbio.results import PARTY_FILE, read_party
-from fedbio.settings import FederationFile, RunSettings
+from fedbio.settings import FederationFile, RunSettings, ServerParty, Transport
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,15 @@ def simulate(settings: RunSettings, run: Path, data: Path) -> None:
         )
     address = f"127.0.0.1:{_free_port()}"
     kits = run / "federation"
-    federation = {"federation": "simulation", "server": {"address": address}, "sites": settings.sites.names}
-    provision(FederationFile.model_validate(federation), kits)
+    provision(
+        FederationFile(
+            federation="simulation",
+            server=ServerParty(address=address),
+            sites=settings.sites.names,
+            driver=settings.driver,
+        ),
+        kits,
+    )
     jobs = kits / "jobs.yaml"
     wanted = settings.jobs().model_dump(mode="json")
     if _is_finished(run, [SERVER, *files], wanted):
@@ -62,15 +69,25 @@ def simulate(settings: RunSettings, run: Path, data: Path) -> None:
     server = ["server", "--kit", kits / SERVER, "--jobs", jobs, "-o", run / SERVER, "--listen", address]
     threads = max(1, len(os.sched_getaffinity(0)) // settings.sites.count)
     processes = [_process(SERVER, run, server)]
+    same = _as_overrides(settings)
     for site, path in files.items():
         arguments = ["site", "--kit", kits / site, "--data", path, "-o", run / site, "--server", address]
         arguments += ["--device", settings.device, "--threads", threads]
         arguments += ["--embeddings", settings.embeddings] if settings.embeddings else []
         arguments += ["--allow", "map"] if settings.report.map else []
         arguments += ["--synthetic"] if settings.dataset == "demo" else []
+        arguments += same
         processes.append(_process(site, run, arguments))
     supervise(processes, {**os.environ, "PYTHONUNBUFFERED": "1"})
     _copy_model(run / SERVER / "global", run / "global")
+
+
+def _as_overrides(settings: RunSettings) -> list[str]:
+    """Return what the server is given in its jobs file, as arguments of a site."""
+    chosen = settings.transport.model_dump(include=set(Transport.model_fields))
+    changed = {key: value for key, value in chosen.items() if value != Transport.model_fields[key].default}
+    pairs = {"heartbeat_s": settings.federation.heartbeat_s, **{f"transport.{key}": changed[key] for key in changed}}
+    return [part for key, value in pairs.items() for part in ("--set", f"{key}={value}")]
 
 
 def _process(name: str, run: Path, arguments: list[object]) -> Process:

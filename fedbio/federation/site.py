@@ -13,17 +13,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from fedbio import __version__
-from fedbio.errors import DataError, FedbioError, FederationError, ProtocolError, TransportError
+from fedbio.errors import (
+    DataError,
+    FedbioError,
+    FederationError,
+    FormatError,
+    PeerUnreachable,
+    ProtocolError,
+    TransportError,
+)
 from fedbio.federation import messages
 from fedbio.federation.executor import Executor, SiteContext
 from fedbio.federation.filters import Chain
+from fedbio.federation.held import Held
+from fedbio.federation.lockstep_site import LockstepSite
 from fedbio.federation.messages import Abort, FileHeader, JobDone, Join, Welcome, pack, unpack
 from fedbio.federation.model import FLModel, Result, Status, Task, decode, encode
 from fedbio.federation.party import Party
+from fedbio.federation.quantization import Packer, scheme_of
+from fedbio.federation.transfers import Transfers
 from fedbio.files import sha256_file
-from fedbio.settings import KitFile
-from fedbio.transport import Credentials, Payload, Received, SiteEndpoint, TensorPayload
+from fedbio.settings import SCHEMES, KitFile, Transport
+from fedbio.transport import Credentials, Limits, Payload, Presence, Received, SiteEndpoint
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +45,7 @@ SAVE_EVERY_S = 5.0
 """Seconds between two saves of the record while tasks are done."""
 
 SEND_TRIES = 3
-"""How often a result is sent over one connection; after a break the server asks for it again."""
+"""How often a result is sent that is not accepted, or whose connection was lost for good."""
 
 GOODBYE_S = 10.0
 """Seconds for a last word to a server that may have left already."""
@@ -54,6 +68,7 @@ class _Answer:
     body: bytes
     payload: Payload | None
     kind: str
+    topic: str = messages.RESULT
 
 
 @dataclass(kw_only=True)
@@ -78,9 +93,17 @@ class Site:
         The server's address, where it differs from the kit's.
     connect_deadline_s : float
         Seconds to keep trying to reach the server.
+    heartbeat_s : float
+        Seconds between two signs of life of the server.
+    quantization : sequence of str
+        Schemes in which models may come and leave.
+    transport : Transport
+        What is accepted from the server, and how long this site waits.
     prepare : callable or None
         Loads what tasks need, before the server is dialled: a library that loads for seconds may hold the
         interpreter, and a site that shows no life meanwhile would be taken for gone.
+    driver : str, optional
+        What moves frames; by default what the kit says.
     """
 
     kit: KitFile
@@ -97,10 +120,13 @@ class Site:
     jobs: Sequence[str] = ()
     server: str | None = None
     connect_deadline_s: float = 3600.0
+    heartbeat_s: float = 5.0
+    quantization: Sequence[str] = SCHEMES
+    transport: Transport = field(default_factory=Transport)
     prepare: Callable[[], None] | None = None
     outgoing: Chain = field(default_factory=Chain)
     incoming: Chain = field(default_factory=Chain)
-    driver: str = "grpc"
+    driver: str | None = None
 
     def __post_init__(self) -> None:
         self._inbox: queue.SimpleQueue[Task | Received] = queue.SimpleQueue()
@@ -110,6 +136,14 @@ class Site:
         self._over = False
         self._told_to_stop = False
         self._answer: _Answer | None = None
+        self._packer = Packer()
+        self._held = Held(self.workspace / "held")
+        self._lockstep = LockstepSite(
+            lambda topic, body, payload: self._send(topic, body, payload, "model" if payload else "control"),
+            part=self._held.part,
+            store=self._held.store,
+            adopt=self._held.adopt,
+        )
         self._failure: FedbioError | None = None
         self._saved = 0.0
 
@@ -123,15 +157,20 @@ class Site:
         FederationError
             If the server gives up, with its reason; or the error of this site's own task, if that was the reason.
         """
-        with Party.open(self.workspace, self.kit.party, "site") as party:
+        with Party.open(self.workspace, self.kit.party, "site") as party, Transfers() as transfers:
             endpoint = SiteEndpoint(
                 self.server or self.kit.server,
                 self.credentials,
                 spool=self.workspace / "spool",
                 on_message=self._on_message,
                 on_connection=self._on_connection,
+                sinks={messages.MEAN: self._lockstep.sink},
+                schemes=lambda opening: self.quantization,
+                on_progress=transfers,
                 connect_deadline_s=self.connect_deadline_s,
-                driver=self.driver,
+                limits=Limits(**self.transport.model_dump()),
+                heartbeat_s=self.heartbeat_s,
+                driver=self.driver or self.kit.driver,
             )
             if self.prepare is not None:
                 self.prepare()
@@ -165,22 +204,26 @@ class Site:
 
     # on the transport's threads
 
-    def _on_connection(self, here: bool) -> None:
+    def _on_connection(self, presence: Presence) -> None:
         self._ready.wait()
         if self._over:
             return
-        self._party.events.write("server connected" if here else "server lost")
-        if here:
+        self._party.events.write(f"server {presence.value}")
+        if presence is Presence.ARRIVED:
             join = Join(version=__version__, jobs=tuple(self.jobs), allow=tuple(self.allow))
             try:
                 self._send(messages.JOIN, pack(join), None, "control")
             except TransportError as error:
-                # the next connection is announced as well
+                # a new process of the server is announced as well
                 log.info("not joined: %s", error)
 
     def _on_message(self, received: Received) -> None:
         self._ready.wait()
         if self._over:
+            return None
+        if received.topic in (messages.CALL, messages.MEAN, messages.COMMIT):
+            # also in the middle of a task: the other sites wait
+            self._lockstep.take(received)
             return None
         # known at once, also in the middle of a task: the server does not wait for its answer any more
         self._told_to_stop |= received.topic in (messages.END, messages.ABORT)
@@ -221,6 +264,7 @@ class Site:
             job = unpack(JobDone, message.body).job
             log.info("job done job=%s", job)
             self._party.events.write("job done", job=job)
+            self._held.forget(job)
             self._jobs_left.discard(job)
             return not self.jobs or bool(self._jobs_left)
         elif message.topic == messages.END:
@@ -238,19 +282,46 @@ class Site:
         if self._answer is not None and self._answer.task == task.id:
             self._reply(self._answer)
         else:
-            executor = self.executors.get(task.name)
-            result = self._result(task, executor)
-            body, tensors = encode(result)
-            kind = "control" if executor is None or result.status is not Status.DONE else executor.leaves
-            if not tensors and kind in TENSOR_KINDS:
-                kind = "metrics"
-            self._answer = _Answer(task.id, body, TensorPayload(tensors) if tensors else None, kind)
+            self._answer = self._answer_to(task)
             self._reply(self._answer)
         with self._lock:
             self._taken.discard(task.id)
         if time.monotonic() - self._saved > SAVE_EVERY_S:
             self._saved = time.monotonic()
             self._party.save()
+
+    def _answer_to(self, task: Task) -> _Answer:
+        """Do a task and put its result into the form in which it leaves."""
+        executor = self.executors.get(task.name)
+        result = self._result(task, executor)
+        try:
+            if task.delivery.kind == "lockstep":
+                result = self._keep_part(task, result)
+            body, tensors = encode(result)
+            payload = self._packer.pack(tensors, task.answer_scheme, feedback=task.feedback)
+        except FormatError as error:
+            return _failure(task.id, f"its model cannot be sent: {error}")
+        kind = "control" if executor is None or result.status is not Status.DONE else executor.leaves
+        if payload is None and kind in TENSOR_KINDS:
+            kind = "metrics"
+        in_file = payload is not None and task.delivery.kind == "file"
+        return _Answer(task.id, body, payload, kind, messages.UPDATE if in_file else messages.RESULT)
+
+    def _with_held(self, model: FLModel) -> FLModel:
+        """Add the parameters that the server knows to be here."""
+        if not model.held:
+            return model
+        held = self._held.model(model.held, model.current_round)
+        return msgspec.structs.replace(model, params={**model.params, **held})
+
+    def _keep_part(self, task: Task, result: Result) -> Result:
+        """Keep the parameters of a result for the exchange that they are a part of; return what leaves at once."""
+        # in an order that all sites have
+        tensors = {name: result.model.params[name] for name in sorted(result.model.params)}
+        payload = self._packer.pack(tensors, task.answer_scheme, feedback=task.feedback, prefix="")
+        if payload is not None:
+            self._held.keep_part(task.delivery, payload)
+        return msgspec.structs.replace(result, model=msgspec.structs.replace(result.model, params={}))
 
     def _result(self, task: Task, executor: Executor | None) -> Result:
         """Do a task, or say why not."""
@@ -261,13 +332,16 @@ class Site:
             refusal = (
                 f"the policy of {self.kit.party} does not allow {executor.kind!r} (allowed: {', '.join(self.allow)})"
             )
+        elif task.answer_scheme not in (None, *self.quantization):
+            allowed = ", ".join(self.quantization) or "none"
+            refusal = f"the policy of {self.kit.party} lets no model leave as {task.answer_scheme} (allowed: {allowed})"
         if executor is None or refusal:
             log.warning("task refused task=%s reason=%s", task.name, refusal)
             self._party.events.write("task refused", task=task.name, reason=refusal)
             return Result(task=task.id, status=Status.REFUSED, reason=refusal)
         started = time.monotonic()
         try:
-            model = executor.execute(task, self.incoming(task.model, task=task.name), self._context)
+            model = executor.execute(task, self.incoming(self._with_held(task.model), task=task.name), self._context)
             result = Result(task=task.id, model=self.outgoing(model, task=task.name))
         except FedbioError as error:
             log.error("task failed task=%s reason=%s", task.name, error)
@@ -275,7 +349,7 @@ class Site:
             result = Result(task=task.id, status=Status.FAILED, reason=_for_the_server(error))
         except Exception as error:
             # a full disk or a bug of ours: the server learns of it, and this process ends with it
-            self._reply_failure(task, f"{type(error).__name__}; its log says more")
+            self._reply(_failure(task.id, f"{type(error).__name__}; its log says more"))
             raise
         seconds = time.monotonic() - started
         stage = executor.stage or executor.kind
@@ -286,19 +360,25 @@ class Site:
         )  # fmt: skip
         return result
 
-    def _reply_failure(self, task: Task, reason: str) -> None:
-        body, _ = encode(Result(task=task.id, model=FLModel(), status=Status.FAILED, reason=reason))
-        self._reply(_Answer(task.id, body, None, "control"))
-
     def _reply(self, answer: _Answer) -> None:
+        refusal = ""
         for _ in range(SEND_TRIES):
             if self._told_to_stop:
                 return None
             try:
-                return self._send(messages.RESULT, answer.body, answer.payload, answer.kind)
+                return self._send(answer.topic, answer.body, answer.payload, answer.kind)
+            except FormatError as error:
+                refusal = f"its model cannot be sent: {error}"
+                break
             except TransportError as error:
                 log.info("result not delivered, it is kept reason=%s", error)
+                refusal = "" if isinstance(error, PeerUnreachable) else str(error)
                 self._endpoint.wait(1.0)
+        if refusal and answer.payload is not None:
+            # the server need not wait for it until its deadline
+            log.error("result given up reason=%s", refusal)
+            self._party.events.write("result given up", reason=refusal)
+            self._reply(_failure(answer.task, refusal))
         return None
 
     def _say_goodbye(self) -> None:
@@ -314,7 +394,7 @@ class Site:
             self._party.ledger.add(kind, len(body), topic=topic)
         else:
             self._party.ledger.add("metrics", len(body), topic=topic)
-            self._party.ledger.add(kind, payload.size, topic=topic)
+            self._party.ledger.add(kind, payload.size or 0, topic=topic, scheme=scheme_of(payload))
         self._endpoint.send(topic, body, payload, timeout_s)
 
     def _keep_file(self, received: Received) -> None:
@@ -332,6 +412,12 @@ class Site:
                 f"{header.name}: the server announced SHA-256 {header.sha256} and sent {found}; it is not kept"
             )
         log.info("file received file=%s bytes=%d sha256=%.12s", header.name, received.payload.size, found)
+
+
+def _failure(task: str, reason: str) -> _Answer:
+    """Return the answer of a site that has no result."""
+    body, _ = encode(Result(task=task, model=FLModel(), status=Status.FAILED, reason=reason))
+    return _Answer(task, body, None, "control")
 
 
 def _for_the_server(error: FedbioError) -> str:

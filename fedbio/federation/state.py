@@ -137,12 +137,19 @@ class State:
 
     def store(self, job: str, name: str, parameters: Parameters) -> None:
         """Keep named tensors of a job."""
-        write_file(self.folder / "models" / job / f"{name}.safetensors", parameters)
+        write_file(self._path(job, name), parameters)
 
     def stored(self, job: str, name: str) -> Parameters | None:
         """Return named tensors of a job, or None."""
-        path = self.folder / "models" / job / f"{name}.safetensors"
+        path = self._path(job, name)
         return dict(open_file(path)) if path.exists() else None
+
+    def _path(self, job: str, name: str) -> Path:
+        return self.folder / "models" / job / f"{name}.safetensors"
+
+    def model_path(self, job: str, run: str, round_number: int) -> Path:
+        """Return where the model of a round is, or shall be written before the round is saved."""
+        return self._path(job, _model_name(run, round_number))
 
     def progress(self, job: str, run: str) -> Progress | None:
         """Return how far a run has come, or None if it has not begun."""
@@ -152,7 +159,7 @@ class State:
         return None
 
     def save(self, job: str, run: str, progress: Progress, parameters: Parameters | None = None) -> None:
-        """Save a round: the model of `progress.round`, if it is new, then the row, then remove older models."""
+        """Save a round: the model of `progress.round`, if it is not in its file yet, then the row; older ones go."""
         if parameters is not None:
             self.store(job, _model_name(run, progress.round), parameters)
         self._write(
@@ -168,12 +175,16 @@ class State:
 
     def model(self, job: str, run: str, round_number: int) -> Parameters:
         """Return the model of a round that `progress` names."""
-        parameters = self.stored(job, _model_name(run, round_number))
-        if parameters is None:
+        return dict(open_file(self.model_file(job, run, round_number)))
+
+    def model_file(self, job: str, run: str, round_number: int) -> Path:
+        """Return the file of the model of a round that `progress` names."""
+        path = self.model_path(job, run, round_number)
+        if not path.exists():
             raise FormatError(
                 f"{self.folder}: the model of round {round_number} of {run} is gone; start again in a new workspace"
             )
-        return parameters
+        return path
 
     def add_metrics(self, job: str, rows: Iterable[Metric]) -> None:
         """Add rows to a job's table; a row that is there already is replaced."""

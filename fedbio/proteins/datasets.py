@@ -21,13 +21,22 @@ is given a folder and returns the path of a file there, in any form that `fedbio
 
 from __future__ import annotations
 
-__all__ = ["DATASETS", "ENTRY_POINT_GROUP", "FLIP_SCL_ADDRESS", "Dataset", "fetch", "known_datasets", "resolve"]
+__all__ = [
+    "DATASETS",
+    "ENTRY_POINT_GROUP",
+    "FLIP_SCL_ADDRESS",
+    "Dataset",
+    "fetch",
+    "is_named",
+    "known_datasets",
+    "resolve",
+]
 
 import difflib
 import functools
 import importlib.metadata
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -187,14 +196,36 @@ def fetch(name: str, folder: Path) -> Path:
     """
     datasets = known_datasets()
     if name not in datasets:
-        near = difflib.get_close_matches(name, datasets, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]!r}?" if near else f"the names are {', '.join(datasets)}"
-        raise DataError(f"{name}: no data set of this name; {hint}")
+        raise DataError(f"{name}: no data set of this name; {_hint(name, datasets)}")
     folder.mkdir(parents=True, exist_ok=True)
     path = Path(datasets[name].fetch(folder))
     if not path.exists():
         raise DataError(f"{name}: the plug-in of {datasets[name].origin!r} returned {path}, which does not exist")
     return path
+
+
+def is_named(dataset: str) -> bool:
+    """Return whether a person means a known data set by ``dataset``, and not the path of a file; nothing is fetched.
+
+    Raises
+    ------
+    DataError
+        If it is neither.
+    """
+    path = Path(dataset)
+    if path.is_file():
+        return False
+    datasets = known_datasets()
+    if dataset in datasets:
+        return True
+    if path.suffix or len(path.parts) > 1:
+        raise DataError(f"{dataset}: no such file; check the path, or see 'fedbio data list' for known names")
+    raise DataError(f"{dataset}: no such file, and no data set of this name; {_hint(dataset, datasets)}")
+
+
+def _hint(name: str, datasets: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, datasets, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"the names are {', '.join(datasets)}"
 
 
 def resolve(dataset: str, *, folder: Path = Path("data")) -> Path:
@@ -205,11 +236,8 @@ def resolve(dataset: str, *, folder: Path = Path("data")) -> Path:
     DataError
         If it is neither, or a collection of several files.
     """
-    path = Path(dataset)
-    if path.is_file():
-        return path
-    if path.suffix or len(path.parts) > 1:
-        raise DataError(f"{dataset}: no such file; check the path, or see 'fedbio data list' for known names")
+    if not is_named(dataset):
+        return Path(dataset)
     found = fetch(dataset, folder)
     if found.is_dir():
         raise DataError(f"{dataset}: a collection; name one of its parts, see 'fedbio data list'")

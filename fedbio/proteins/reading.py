@@ -54,7 +54,7 @@ def read(
     path: str | os.PathLike[str],
     *,
     labels: str | os.PathLike[str] | None = None,
-    classes: Sequence[str] = COMPARTMENTS,
+    classes: Sequence[str] | None = COMPARTMENTS,
     require_labels: bool = False,
     skip_invalid: bool = False,
     counts: ReadCounts | None = None,
@@ -68,8 +68,8 @@ def read(
         text, UniProt XML or GenBank; plain or gzip, told apart by content.
     labels : path-like, optional
         A CSV or TSV with the columns ``id`` and ``target`` (and ``set``, ``validation``), joined by id.
-    classes : sequence of str
-        The labels that are known.
+    classes : sequence of str or None
+        The labels that are known; None takes all as they are.
     require_labels : bool
         Refuse a protein without a label.
     skip_invalid : bool
@@ -183,7 +183,7 @@ def _join(record: Record, beside: Mapping[str, Record], labels: str | os.PathLik
         setattr(record, field, there if there is not None else here)
 
 
-def _check(record: Record, counts: ReadCounts, classes: Sequence[str]) -> Protein:
+def _check(record: Record, counts: ReadCounts, classes: Sequence[str] | None) -> Protein:
     """Return the validated protein, or raise `_WrongRecordError`."""
     if not record.id:
         raise _WrongRecordError(
@@ -245,9 +245,11 @@ def _wrong_letter(sequence: str) -> _WrongRecordError:
     return _WrongRecordError("illegal letter", f"{name} at residue {position} is not an amino acid; {_FIX}")
 
 
-def _check_target(target: str | None, counts: ReadCounts, classes: Sequence[str]) -> str | None:
+def _check_target(target: str | None, counts: ReadCounts, classes: Sequence[str] | None) -> str | None:
     if target is None or not target.strip():
         return None
+    if classes is None:
+        return target
     label = find_label(target, classes)
     if label is None:
         if ";" in target:

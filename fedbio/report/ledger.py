@@ -47,7 +47,16 @@ def kinds_sent(run: Run) -> list[tuple[str, str]]:
     """Return each kind of message that left a site, and what such a message holds."""
     sent = {kind for site in run.sites for kind in site.sent}
     known = [(kind, holds) for kind, holds in KINDS.items() if kind in sent]
+    if schemes := _schemes(run):
+        in_schemes = f"those of rounds as {', '.join(schemes)}, whose bytes are counted"
+        known = [(kind, f"{holds}; {in_schemes}" if kind == "model" else holds) for kind, holds in known]
     return known + [(kind, "not known to this report") for kind in sorted(sent - set(KINDS))]
+
+
+def _schemes(run: Run) -> list[str]:
+    """Return the quantization schemes in which sites sent their models, as the job's settings say."""
+    chosen = [site.settings.get("quantization") for site in run.sites]
+    return sorted({str(each["to_server"]) for each in chosen if isinstance(each, dict) and each.get("to_server")})
 
 
 def ledger_table(run: Run) -> Table:

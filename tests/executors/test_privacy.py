@@ -12,6 +12,7 @@ from fedbio.embeddings import Embeddings
 from fedbio.executors import registry
 from fedbio.federation import Executor, FLModel
 from fedbio.transport.drivers import memory
+from fedbio.transport.frames import Frame, encode
 
 SITES = ("site-1", "site-2", "site-3")
 RESIDUES = 12
@@ -31,8 +32,8 @@ def left(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytearray]:
         kept = found.setdefault(credentials.check(), bytearray())
         write = connection.write
 
-        def record(frame: bytes, *options: Any) -> None:
-            kept.extend(frame)
+        def record(frame: Frame, *options: Any) -> None:
+            kept.extend(encode([frame]))
             write(frame, *options)
 
         connection.write = record

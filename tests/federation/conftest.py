@@ -20,7 +20,7 @@ from fedbio.results import ClassCounts, EncoderInfo
 from fedbio.settings import FederationFile, JobsFile, KitFile, load
 from fedbio.transport import Credentials
 
-ENCODER = EncoderInfo("tiny", "0" * 64, True, 4, "mean", 1, "float32", 128, "cut")
+WIDTH = 4
 SITES = ("site-1", "site-2", "site-3")
 addresses = itertools.count(1)
 
@@ -46,23 +46,23 @@ def proteins_of(site: str) -> int:
     return 10 * int(site[-1])
 
 
-def _describe(model: FLModel, context: SiteContext) -> FLModel:
+def _describe(width: int, context: SiteContext) -> FLModel:
     counts = ClassCounts({"Nucleus": proteins_of(context.site)}, {"Nucleus": 5}, {"Nucleus": 2, "Plastid": 2})
-    return FLModel(meta=meta(Description(counts, ENCODER)))
+    encoder = EncoderInfo("tiny", "0" * 64, True, width, "mean", 1, "float32", 128, "cut")
+    return FLModel(meta=meta(Description(counts, encoder)))
 
 
-def _moments(model: FLModel, context: SiteContext) -> FLModel:
+def _moments(width: int, context: SiteContext) -> FLModel:
     count = proteins_of(context.site)
-    return FLModel(params={"sum": np.zeros(4), "squares": np.full(4, float(count))}, meta={WEIGHT: count})
+    return FLModel(params={"sum": np.zeros(width), "squares": np.full(width, float(count))}, meta={WEIGHT: count})
 
 
 def _initialize(model: FLModel, context: SiteContext) -> FLModel:
     spec = read_meta(model.meta, RunSpec)
-    hidden = int(spec.hidden)
-    assert model.params[MEAN].shape == (4,)
+    hidden, width = int(spec.hidden), len(model.params[MEAN])
     return FLModel(
         params={
-            "layers.0.weight": np.zeros((hidden, 4), np.float32),
+            "layers.0.weight": np.zeros((hidden, width), np.float32),
             "layers.0.bias": np.zeros(hidden, np.float32),
             "layers.1.weight": np.zeros((2, hidden), np.float32),
             "layers.1.bias": np.zeros(2, np.float32),
@@ -87,11 +87,11 @@ def _evaluation() -> Evaluation:
     return Evaluation([[2, 0], [1, 1]], 0.25, [[0] * 50, [0] * 50])
 
 
-def fakes() -> dict[str, Executor]:
+def fakes(width: int = WIDTH) -> dict[str, Executor]:
     """Executors of a site whose training adds the site's number to every parameter."""
     found = [
-        _Fake("describe", "statistics", _describe),
-        _Fake("moments", "statistics", _moments),
+        _Fake("describe", "statistics", lambda _, context: _describe(width, context)),
+        _Fake("moments", "statistics", lambda _, context: _moments(width, context)),
         _Fake("initialize", "train", _initialize),
         _Fake("train", "train", _train),
         _Fake("validate", "train", lambda model, _: FLModel(metrics=_measured(model))),
@@ -102,10 +102,17 @@ def fakes() -> dict[str, Executor]:
     return {each.name: each for each in found}
 
 
-def jobs(*, rounds: int = 3, seeds: Sequence[int] = (0,), **limits: Any) -> JobsFile:
+def jobs(
+    *, rounds: int = 3, seeds: Sequence[int] = (0,), mlp: str = "3", quantization: Any = None, **limits: Any
+) -> JobsFile:
     """A study of one small classifier."""
-    training = {"mlps": ["3"], "seeds": list(seeds), "rounds": rounds, "patience": 8}
-    job = {"workflow": "classify", "classes": ["Nucleus", "Plastid"], "training": training}
+    training = {"mlps": [mlp], "seeds": list(seeds), "rounds": rounds, "patience": 8}
+    job = {
+        "workflow": "classify",
+        "classes": ["Nucleus", "Plastid"],
+        "training": training,
+        "quantization": quantization,
+    }
     federation = {"join_deadline_s": 20, "round_deadline_s": 20, "heartbeat_s": 0.5, **limits}
     return JobsFile.model_validate({"jobs": [job], "federation": federation})
 
@@ -128,26 +135,29 @@ class Federation:
         return Credentials.from_kit(self.folder / "kits" / party)
 
     def server(self, what: JobsFile, **options: Any) -> Server:
+        options = {"listen": self.address, "driver": "memory", **options}
         return Server(
             kit=self.kit("server"),
             credentials=self.credentials("server"),
             jobs=what,
             workspace=self.folder / "server",
-            listen=self.address,
-            driver="memory",
             **options,
         )
 
     def site(self, name: str, executors: Mapping[str, Executor] | None = None, **options: Any) -> Site:
-        options = {"allow": ("statistics", "train", "evaluate", "publish"), "connect_deadline_s": 20, **options}
+        options = {
+            "allow": ("statistics", "train", "evaluate", "publish"),
+            "connect_deadline_s": 20,
+            "server": self.address,
+            "driver": "memory",
+            **options,
+        }
         return Site(
             kit=self.kit(name),
             credentials=self.credentials(name),
             workspace=self.folder / name,
             data=self.folder / f"{name}.fasta",
             executors=executors or fakes(),
-            server=self.address,
-            driver="memory",
             **options,
         )
 

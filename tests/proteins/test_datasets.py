@@ -15,7 +15,7 @@ import pytest
 
 from fedbio.errors import DataError, FormatError, PeerUnreachable, RefusedError, TransportError
 from fedbio.proteins import COMPARTMENTS, Protein, datasets, download, read
-from fedbio.proteins.datasets import DATASETS, fetch, fetch_flip_scl, known_datasets, resolve
+from fedbio.proteins.datasets import DATASETS, fetch, fetch_flip_scl, is_named, known_datasets, resolve
 
 SPLITS = ("mixed_soft", "mixed_hard", "human_soft", "human_hard", "balanced")
 ROWS = "sequence,target,set,validation\nMKRKRPAS,Nucleus,train,False\nMASSTVLK,Cell membrane,test,\n"
@@ -174,6 +174,19 @@ def test_a_dataset_is_a_path_or_a_name(tmp_path: Path) -> None:
         resolve("absent.fasta", folder=tmp_path)
     demo = resolve("demo", folder=tmp_path)
     assert sum(1 for _ in read(demo)) == 900
+
+
+def test_name_and_path_are_told_apart_without_fetching(tmp_path: Path) -> None:
+    own = tmp_path / "own.fasta"
+    own.write_text(">P1\nMK\n")
+    assert not is_named(str(own))
+    assert is_named("mixed_soft")
+    with pytest.raises(
+        DataError, match="mixed_sofd: no such file, and no data set of this name; did you mean 'mixed_soft'"
+    ):
+        is_named("mixed_sofd")
+    with pytest.raises(DataError, match=r"ow\.fasta: no such file; check the path"):
+        is_named(str(tmp_path / "ow.fasta"))
 
 
 def plugin_code() -> str:

@@ -14,7 +14,7 @@ import pytest
 from fedbio.errors import MachineError
 from fedbio.report import Run, collect, headline_line, study, write_page
 from fedbio.report.drawing import Drawing
-from fedbio.report.ledger import statement
+from fedbio.report.ledger import kinds_sent, statement
 from fedbio.results import Traffic, read_party, write_party
 
 
@@ -99,6 +99,17 @@ def test_what_left_names_every_kind_and_the_map(page: str) -> None:
     )
     assert "two coordinates of each mapped protein did leave" in text
     assert "214 MB" in text
+
+
+def test_scheme_in_which_weights_left_is_named(invent: Callable[..., Path]) -> None:
+    folder = invent()
+    assert dict(kinds_sent(collect(folder)))["model"] == "weights of classifiers"
+    for site in ("site-1", "site-2"):
+        record = read_party(folder / site / "party.json")
+        record.settings["quantization"] = {"to_sites": None, "to_server": "nf4", "error_feedback": False}
+        write_party(folder / site, record)
+    said = dict(kinds_sent(collect(folder)))["model"]
+    assert said == "weights of classifiers; those of rounds as nf4, whose bytes are counted"
 
 
 def test_an_unknown_kind_of_message_is_not_talked_away(invent: Callable[..., Path]) -> None:

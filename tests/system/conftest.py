@@ -29,7 +29,7 @@ FEDBIO = [sys.executable, "-m", "fedbio"]
 SITES = ("site-1", "site-2", "site-3")
 
 
-def make_proteins(site: str, count: int = 60) -> list[Protein]:
+def make_proteins(site: str, count: int) -> list[Protein]:
     """Random proteins of three locations."""
     random = np.random.default_rng(int(site[-1]))
     letters = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
@@ -45,9 +45,9 @@ def make_proteins(site: str, count: int = 60) -> list[Protein]:
     ]
 
 
-def write_site(folder: Path, site: str) -> None:
+def write_site(folder: Path, site: str, count: int) -> None:
     """A FASTA file, and its embeddings where the site looks for them."""
-    proteins = make_proteins(site)
+    proteins = make_proteins(site, count)
     write_fasta(proteins, folder / f"{site}.fasta")
     random = np.random.default_rng(10 + int(site[-1]))
     rows = random.normal(size=(len(proteins), 16))
@@ -125,13 +125,26 @@ class Parties:
             process.wait()
 
 
-def make_parties(folder: Path, port: int) -> Parties:
+def make_parties(folder: Path, port: int, *, count: int = 60, driver: str = "grpc") -> Parties:
     """Kits for this port, and the data of three sites."""
-    settings = {"federation": "test", "server": {"address": f"127.0.0.1:{port}"}, "sites": list(SITES)}
+    settings = {
+        "federation": "test",
+        "server": {"address": f"127.0.0.1:{port}"},
+        "sites": list(SITES),
+        "driver": driver,
+    }
     provision(FederationFile.model_validate(settings), folder / "kits")
     for site in SITES:
-        write_site(folder, site)
+        write_site(folder, site, count)
     return Parties(folder, port)
+
+
+@pytest.fixture
+def many_proteins(tmp_path: Path, free_port: int) -> Iterator[Parties]:
+    """Sites of 250 proteins, 50 of them for the test."""
+    made = make_parties(tmp_path, free_port, count=250, driver="tcp")
+    yield made
+    made.end()
 
 
 @pytest.fixture

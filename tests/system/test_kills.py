@@ -64,7 +64,7 @@ def test_round_goes_on_without_a_killed_site_if_enough_are_left(parties: Any) ->
     parties.wait_for_round(0, 5)
     sites[2].send_signal(signal.SIGKILL)
     finish(parties, server, *sites[:2])
-    assert "site gone site=site-3" in parties.log("server")
+    assert "site lost peer=site-3" in parties.log("server")
     assert (parties.folder / "site-1" / "global" / "model.json").exists()
 
 

@@ -82,6 +82,14 @@ def test_all_parties_on_one_machine_from_proteins_to_report(tmp_path: Path, smal
     assert "Nothing to be done" in again
 
 
+def test_data_set_that_is_misspelt_is_refused_before_any_rule(tmp_path: Path) -> None:
+    write_yaml(tmp_path / "config.yaml", {"dataset": "data/mine.fasta"})
+    process = snakemake(tmp_path, "--configfile", "config.yaml", "--dry-run")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "config.yaml: dataset: data/mine.fasta: no such file; check the path" in output
+
+
 @pytest.mark.slow
 def test_four_parties_each_with_its_own_snakemake_sites_first(
     tmp_path: Path, small_encoder: Path, free_port: int

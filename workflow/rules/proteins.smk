@@ -1,9 +1,11 @@
+from fedbio.errors import DataError
+from fedbio.proteins.datasets import is_named
+
 demo = f"{run}/proteins.fasta"
-known = (
-    settings.dataset
-    if "/" not in settings.dataset and not Path(settings.dataset).is_file()
-    else None
-)
+try:
+    known = settings.dataset if is_named(settings.dataset) else None
+except DataError as error:
+    raise WorkflowError(f"{settings_file}: dataset: {error}")
 proteins = (
     demo
     if settings.dataset == "demo"

@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from fedbio.errors import FederationError
 from fedbio.federation.controller import Controller, Runtime
 from fedbio.federation.model import FLModel, Parameters
+from fedbio.federation.workflows.aggregation import make_aggregation
 from fedbio.federation.workflows.fedavg import FedAvg, Outcome, RoundMetrics
 from fedbio.federation.workflows.moments import federated_standardizer
 from fedbio.federation.workflows.study import (
@@ -42,7 +44,7 @@ class Classify(Controller):
 
     def __init__(self, runtime: Runtime, job: ClassifyJob) -> None:
         super().__init__(runtime)
-        self.training = job.training
+        self.training, self.quantization, self.aggregation = job.training, job.quantization, job.aggregation
         self.settings: dict[str, Any] = job.model_dump(mode="json")
         self.study = Study(
             classes=tuple(job.classes),
@@ -124,13 +126,18 @@ class Classify(Controller):
             outcome = FedAvg(
                 self.runtime,
                 name=spec.name,
-                initial=lambda: self.initialize(spec),
+                initial=lambda delivery, expect: self.send(
+                    "initialize", self.task(spec), expect=expect, delivery=delivery
+                ),
+                manifest=model_manifest(self.encoder.width, spec.hidden, len(self.study.classes)),
                 rounds=spec.rounds,
                 patience=spec.patience,
                 training=self.registered("train"),
                 validation=self.registered("validation"),
                 meta=meta(spec),
                 shared=self.standardizer,
+                quantization=self.quantization,
+                aggregation=self.aggregation,
                 on_round=lambda metrics: self.note_round(spec, metrics),
             ).run()
         with self.stage("train alone"):
@@ -145,13 +152,6 @@ class Classify(Controller):
             spec.hidden, spec.seed, outcome.best_round, _shown(outcome.best_value),
         )  # fmt: skip
 
-    def initialize(self, spec: RunSpec) -> Parameters:
-        """Have the first site draw the initial parameters; any other would draw the same bits."""
-        manifest = model_manifest(self.encoder.width, spec.hidden, len(self.study.classes))
-        result = self.send("initialize", self.task(spec), expect=manifest)
-        # copied: what a result carries is mapped from its spool file
-        return {name: value.copy() for name, value in result.model.params.items()}
-
     def train_alone(self, spec: RunSpec) -> None:
         """Have every site train by itself with the same budget, and note its curve and its test metrics."""
         for result in self.broadcast_and_wait("train_alone", self.task(spec), self.enrolled()):
@@ -162,7 +162,8 @@ class Classify(Controller):
 
     def evaluate(self, spec: RunSpec, outcome: Outcome) -> None:
         """Have every site try the best global model on its test proteins, and note the metrics over all of them."""
-        results = self.broadcast_and_wait("evaluate", self.task(spec, outcome), self.enrolled())
+        sites = outcome.models.reach(outcome.model, self.enrolled())
+        results = self.broadcast_and_wait("evaluate", self.task(spec, outcome), sites)
         evaluations = [read_meta(each.model.meta, Evaluation) for each in results]
         self.note_test(spec, FEDERATED, outcome.best_round, evaluations)
         confidence = np.sum([each.confidence for each in evaluations if each.confidence], axis=0)
@@ -170,9 +171,12 @@ class Classify(Controller):
 
     def task(self, spec: RunSpec, outcome: Outcome | None = None) -> FLModel:
         """Return what a task of a run carries: its settings, the standardizer, and perhaps a model."""
-        params = self.standardizer if outcome is None else {**self.standardizer, **outcome.params}
         number = 0 if outcome is None else outcome.best_round
-        return FLModel(params=params, meta=meta(spec), current_round=number, total_rounds=spec.rounds)
+        model = FLModel() if outcome is None else outcome.model
+        params = {**self.standardizer, **model.params}
+        return msgspec.structs.replace(
+            model, params=params, meta=meta(spec), current_round=number, total_rounds=spec.rounds
+        )
 
     def enrolled(self) -> list[str]:
         """Return the sites that are here and have described their data."""
@@ -236,10 +240,12 @@ class Classify(Controller):
             settings=self.settings,
             metrics=metrics,
         )
-        params = {**self.standardizer, **self.state.model(self.job, best.name, progress.best_round)}
-        self.broadcast_and_wait("publish", FLModel(params=params, meta=meta(publication)))
+        models = make_aggregation(self.aggregation, self.runtime, best.name)
+        model = models.load(progress.best_round)
+        published = msgspec.structs.replace(model, params={**self.standardizer, **model.params}, meta=meta(publication))
+        self.broadcast_and_wait("publish", published, models.reach(model, self.sites()))
         if self.runtime.save_model is not None:
-            self.runtime.save_model(params, publication)
+            self.runtime.save_model({**self.standardizer, **models.parameters(progress.best_round)}, publication)
         log.info("best model mlp=%s seed=%d round=%d", best.hidden, best.seed, progress.best_round)
 
     def write_metrics(self) -> list[Metric]:

@@ -10,13 +10,18 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from fedbio.errors import FederationError
+from fedbio.errors import FederationError, SettingsError
 from fedbio.federation.controller import Controller, Runtime
-from fedbio.federation.model import FLModel, Parameters, ParamsType, Result
+from fedbio.federation.model import IN_MEMORY, FLModel, Parameters, Result
+from fedbio.federation.quantization import Travel
 from fedbio.federation.state import Progress
-from fedbio.tensors import manifest, weighted_mean
+from fedbio.federation.workflows.aggregation import Aggregation, Initial, make_aggregation
+from fedbio.settings import Quantization
+from fedbio.tensors.check import Manifest
 
 TRAIN, VALIDATE = "train", "validate"
+
+EXACT = Quantization()
 
 TIE = 1e-9
 """Accuracies nearer than this are equal: they are ratios of counts, averaged in floating point."""
@@ -35,7 +40,9 @@ class RoundMetrics(NamedTuple):
 class Outcome:
     """The best model of a run, its round, and the validation accuracy that made it the best."""
 
-    params: Parameters
+    models: Aggregation
+    model: FLModel
+    """What carries it."""
     best_round: int
     best_value: float | None
 
@@ -53,7 +60,9 @@ class FedAvg(Controller):
     name : str
         The run's name within its job; what was saved under it is gone on from.
     initial : callable
-        Returns the parameters of round 0; called only if nothing was saved.
+        Has a site make the model of round 0; called only if nothing was saved.
+    manifest : mapping of str to (shape, dtype)
+        What the parameters of the model of round 0 are.
     rounds, patience : int
         The most rounds, and how many may pass without a better model.
     training, validation : mapping of str to int
@@ -61,7 +70,11 @@ class FedAvg(Controller):
     meta : dict
         What every task tells the sites.
     shared : dict of str to ndarray, optional
-        Tensors that the sites need beside the model, and that are not trained.
+        Tensors that the sites need beside the model, and that are not trained; they travel exact.
+    quantization : Quantization
+        How the models of rounds travel.
+    aggregation : str
+        Where the models are: ``"memory"`` or ``"file"`` of the server, or, in ``"lockstep"``, at the sites alone.
     on_round : callable, optional
         Given the metrics of each round.
     """
@@ -71,19 +84,35 @@ class FedAvg(Controller):
         runtime: Runtime,
         *,
         name: str,
-        initial: Callable[[], Parameters],
+        initial: Initial,
+        manifest: Manifest,
         rounds: int,
         patience: int,
         training: Mapping[str, int],
         validation: Mapping[str, int],
         meta: dict[str, Any],
         shared: Parameters | None = None,
+        quantization: Quantization = EXACT,
+        aggregation: str = "memory",
         on_round: Callable[[RoundMetrics], None] | None = None,
     ) -> None:
         super().__init__(runtime)
-        self.name, self.initial, self.rounds, self.patience = name, initial, rounds, patience
+        self.name, self.initial, self.manifest = name, initial, manifest
+        self.rounds, self.patience = rounds, patience
         self.training, self.validation, self.meta = training, validation, meta
         self.shared, self.on_round = shared or {}, on_round
+        self.models = make_aggregation(aggregation, runtime, name)
+        self.travel = Travel(
+            quantization.to_sites,
+            quantization.to_server,
+            exact=frozenset(self.shared),
+            feedback=f"{self.job}/{name}" if quantization.error_feedback else "",
+        )
+        if aggregation != "memory" and (quantization.to_sites or runtime.outgoing.filters or runtime.incoming.filters):
+            raise SettingsError(
+                f"job {self.job}: aggregation {aggregation!r} holds no model that the server could quantize or filter; "
+                "leave quantization.to_sites and the server's filters out, or aggregate in memory"
+            )
         self.progress = Progress()
 
     def run(self) -> Outcome:
@@ -95,6 +124,8 @@ class FedAvg(Controller):
             if not self.progress.finished:
                 model = self.aggregate(model, results)
                 self.save(model)
+            # what results hold, in memory or on disk, is given back before the next ones come
+            del results
         return self.best()
 
     def load(self) -> FLModel:
@@ -103,14 +134,14 @@ class FedAvg(Controller):
         if saved is not None:
             self.progress = saved
             number = saved.best_round if saved.finished else saved.round
-            return self.model(self.state.model(self.job, self.name, number), number)
-        model = self.model(self.initial(), 0)
+            return self.model(self.models.load(number), number)
+        model = self.model(self.models.begin(self.initial, self.manifest), 0)
         self.save(model)
         return model
 
-    def model(self, params: Parameters, number: int) -> FLModel:
-        """Put parameters into what the sites get."""
-        return FLModel(params=params, meta=self.meta, current_round=number, total_rounds=self.rounds)
+    def model(self, model: FLModel, number: int) -> FLModel:
+        """Put what carries a model into what the sites get."""
+        return msgspec.structs.replace(model, meta=self.meta, current_round=number, total_rounds=self.rounds)
 
     def broadcast_and_wait_for_round(self, model: FLModel) -> list[Result]:
         """Have every site measure the model and, but for the last one, train it."""
@@ -118,9 +149,11 @@ class FedAvg(Controller):
         return self.broadcast_and_wait(
             VALIDATE if last else TRAIN,
             msgspec.structs.replace(model, params={**self.shared, **model.params}),
-            [site for site in self.sites() if site in self.training],
-            expect=None if last else manifest(self.runtime.outgoing(model, task=TRAIN).params),
+            self.models.reach(model, [site for site in self.sites() if site in self.training]),
+            expect=None if last else self.models.manifest(self.runtime.outgoing(model, task=TRAIN)),
             weights=None if last else self.training,
+            delivery=IN_MEMORY if last else self.models.delivery(model),
+            travel=self.travel,
         )
 
     def select(self, model: FLModel, results: Sequence[Result]) -> None:
@@ -144,26 +177,22 @@ class FedAvg(Controller):
 
     def aggregate(self, model: FLModel, results: Sequence[Result]) -> FLModel:
         """Return the next model: the mean of the sites' parameters, weighted by their numbers of proteins."""
-        updates = [(each.site, each.model.params, each.model.weight) for each in results if each.model.weight > 0]
+        updates = [each for each in results if each.model.weight > 0]
         if not updates:
             raise FederationError(
                 f"job {self.job}: every site abstained from {self.name}; more training proteins are needed at the sites"
             )
-        mean = weighted_mean(updates)
-        if results[0].model.params_type is ParamsType.DIFF:
-            mean = {name: model.params[name] + change for name, change in mean.items()}
-        # what a filter held back stays as it was
-        return self.model({**model.params, **mean}, model.current_round + 1)
+        return self.model(self.models.mean(model, updates, self.progress.best_round), model.current_round + 1)
 
     def save(self, model: FLModel) -> None:
         """Save the model, so that a server that was killed goes on from here."""
         self.progress = msgspec.structs.replace(self.progress, round=model.current_round)
-        self.state.save(self.job, self.name, self.progress, model.params)
+        self.models.save(self.progress, model)
 
     def best(self) -> Outcome:
         """Return the best model."""
         number = self.progress.best_round
-        return Outcome(self.state.model(self.job, self.name, number), number, self.progress.best_value)
+        return Outcome(self.models, self.models.load(number), number, self.progress.best_value)
 
 
 def _mean(results: Sequence[Result], metric: str, counts: Mapping[str, int]) -> float | None:

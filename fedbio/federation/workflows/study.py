@@ -34,9 +34,9 @@ from numpy.typing import NDArray
 
 from fedbio.compartments import COMPARTMENTS
 from fedbio.errors import ProtocolError
-from fedbio.federation.acceptance import Manifest
 from fedbio.results import ClassCounts, EncoderInfo, MapPoint, Metric
 from fedbio.settings import parse_hidden
+from fedbio.tensors.check import Manifest
 
 MEAN, SCALE = "standardizer.mean", "standardizer.scale"
 """Names of the standardizer's tensors, which travel beside a model's."""
