@@ -9,7 +9,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from fedbio.errors import PeerUnreachable, ProtocolError, RefusedError
@@ -33,6 +33,8 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 class _Peer:
     session: Session
     hello: handshake.Hello
+    carrying: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a connection carries the session: what is told of one comes before what is told of the next."""
 
 
 class ServerEndpoint(Endpoint):
@@ -159,16 +161,16 @@ class ServerEndpoint(Endpoint):
             log.warning("connection refused peer=%s reason=%s", connection.peer, error)
             handshake.refuse(connection, str(error))
             return
-        name, presence = connection.peer, Presence.BACK if resumed else Presence.ARRIVED
-        log.info("site %s peer=%s address=%s", presence.value, name, connection.address)
-        self._announce(peer.session, lambda: self._on_peer(name, presence))
-        reason = peer.session.carry(connection, hello.window)
-        if peer.session.over is not None:
-            log.info("site gone peer=%s reason=%s", name, reason)
-            self._remove(name, peer)
-        elif peer.session.connection is None:
-            log.info("site lost peer=%s reason=%s", name, reason)
-            self._callbacks.submit(lambda: self._on_peer(name, Presence.LOST))
+        if (before := peer.session.connection) is not None:
+            before.abort()  # the site has left it, though it may look whole from here
+        with peer.carrying:
+            presence = Presence.BACK if resumed else Presence.ARRIVED
+            log.info("site %s peer=%s address=%s", presence.value, connection.peer, connection.address)
+            self._tell(connection.peer, peer, presence)
+            reason = peer.session.carry(connection, hello.window)
+            presence = Presence.LOST if peer.session.over is None else Presence.GONE
+            log.info("site %s peer=%s reason=%s", presence.value, connection.peer, reason)
+            self._tell(connection.peer, peer, presence)
 
     def _admit(self, connection: Connection, hello: handshake.Hello) -> tuple[_Peer, bool]:
         """Enter a connection under its certificate's name, unless another process lives under it.
@@ -207,11 +209,13 @@ class ServerEndpoint(Endpoint):
                     first.session.connection.abort()
             return peer, False
 
-    def _remove(self, name: str, peer: _Peer) -> None:
+    def _tell(self, name: str, peer: _Peer, presence: Presence) -> None:
+        """Tell the owner what has become of a site, unless another process has taken its place."""
         with self._lock:
             if self._peers.get(name) is peer:
-                del self._peers[name]
-                self._callbacks.submit(lambda: self._on_peer(name, Presence.GONE))
+                if presence is Presence.GONE:
+                    del self._peers[name]
+                self._announce(peer.session, lambda: self._on_peer(name, presence))
 
     def _expire(self, session: Session) -> None:
         with self._lock:
@@ -219,4 +223,4 @@ class ServerEndpoint(Endpoint):
         for name, peer in found:
             session.end(f"not back within {self._limits.resume_s:g} s")
             log.info("site gone peer=%s reason=%s", name, session.over)
-            self._remove(name, peer)
+            self._tell(name, peer, Presence.GONE)

@@ -81,7 +81,6 @@ class Session:
         self._outgoing: dict[int, Outgoing] = {}
         self._last_stream = 0
         self._lock = threading.Lock()
-        self._reading = threading.Lock()
         self._sign = threading.Event()
         self._over: str | None = None
         self._deliver = deliver
@@ -100,7 +99,7 @@ class Session:
         return self._connection
 
     def carry(self, connection: Connection, window: int) -> str:
-        """Go on over a new connection until that ends; return why it did.
+        """Go on over a new connection until that ends; return why it did. One connection at a time.
 
         Parameters
         ----------
@@ -109,41 +108,38 @@ class Session:
         window : int
             Chunks of a stream that the other end takes unasked; the smaller of this and our own holds both ways.
         """
-        if (before := self._connection) is not None:
-            before.abort()
-        with self._reading:  # whoever reads the connection before has come to its end
-            reason = ""
-            try:
-                self._attach(connection, window)
-                while True:
-                    frame = connection.read()
-                    self.frames_heard += 1
-                    self._sign.set()
-                    if frame.kind == Kind.BYE:
-                        reason = "closed by the peer"
-                        self.end(reason)
-                        connection.abort()  # nobody listens there any more
-                        break
-                    self._take(frame)
-                    if frame.kind in MOVING:
-                        self._fruitless = 0
-            except ConnectionClosed as closed:
-                reason = str(closed)
-            except ProtocolError as error:
-                # after a malformed frame nobody knows what the next bytes mean
-                reason = f"protocol error: {error}"
-                self._fruitless += 1
-                if self._fruitless >= MOST_FRUITLESS:
-                    self.end(reason)  # the two ends do not mean the same session any more
-            except Exception as error:
-                # a bug of ours; the session is given up, for the same frame would come again
-                log.exception("session failed peer=%s", self.peer)
-                reason = f"internal error: {error}"
-                self.end(reason)
-            finally:
-                connection.close()
-                self._detach(connection)
-            return self._over or reason
+        reason = ""
+        try:
+            self._attach(connection, window)
+            while True:
+                frame = connection.read()
+                self.frames_heard += 1
+                self._sign.set()
+                if frame.kind == Kind.BYE:
+                    reason = "closed by the peer"
+                    self.end(reason)
+                    connection.abort()  # nobody listens there any more
+                    break
+                self._take(frame)
+                if frame.kind in MOVING:
+                    self._fruitless = 0
+        except ConnectionClosed as closed:
+            reason = str(closed)
+        except ProtocolError as error:
+            # after a malformed frame nobody knows what the next bytes mean
+            reason = f"protocol error: {error}"
+            self._fruitless += 1
+            if self._fruitless >= MOST_FRUITLESS:
+                self.end(reason)  # the two ends do not mean the same session any more
+        except Exception as error:
+            # a bug of ours; the session is given up, for the same frame would come again
+            log.exception("session failed peer=%s", self.peer)
+            reason = f"internal error: {error}"
+            self.end(reason)
+        finally:
+            connection.close()
+            self._detach()
+        return self._over or reason
 
     def close(self, reason: str) -> None:
         """Say goodbye, let what was written leave, and end."""
@@ -229,7 +225,7 @@ class Session:
                 connection.write(self._outgoing[stream].opening)
                 self._outgoing[stream].attach(connection, self._window)
 
-    def _detach(self, connection: Connection) -> None:
+    def _detach(self) -> None:
         with self._lock:
             self._connection = None
             self.detached_since = time.monotonic()

@@ -61,13 +61,14 @@ class Link:
         *,
         tamper: Tamper | None = None,
         heartbeat_s: float = 1.0,
+        server_heartbeat_s: float | None = None,
         sinks: Any = None,
         connect_deadline_s: float = 30.0,
         **limits: Any,
     ) -> None:
         kept = Limits(**limits)
         plain = driver == "tcp"
-        options: dict[str, Any] = {"limits": kept, "heartbeat_s": heartbeat_s, "driver": driver}
+        options: dict[str, Any] = {"limits": kept, "driver": driver}
         self.server = ServerEndpoint(
             "127.0.0.1:0",
             Unencrypted("server") if plain else Credentials.from_kit(self._kits / "server"),
@@ -75,6 +76,7 @@ class Link:
             on_message=self.at_server,
             on_peer=self.here,
             sinks=sinks,
+            heartbeat_s=server_heartbeat_s or heartbeat_s,
             **options,
         ).start()
         self.proxy = Proxy(self.server.address, tamper)
@@ -85,6 +87,7 @@ class Link:
             on_message=self.at_site,
             on_connection=self.there,
             connect_deadline_s=connect_deadline_s,
+            heartbeat_s=heartbeat_s,
             **options,
         ).start()
         eventually(self.server.peers)
@@ -196,6 +199,19 @@ def half_open_is_found_within(link: Link, seconds: float) -> None:
 def test_half_open_connection_is_found_by_both_ends(link: Link) -> None:
     link.open(heartbeat_s=0.25)
     half_open_is_found_within(link, 1.5)
+
+
+@pytest.mark.parametrize("driver", ["grpc", OVER_TCP])
+def test_site_that_dials_anew_before_its_break_is_noticed_was_lost_first_and_is_back_last(
+    link: Link, driver: str
+) -> None:
+    link.open(driver, heartbeat_s=0.05, server_heartbeat_s=60.0)
+    for breaks in range(1, 6):
+        link.proxy.stall()
+        eventually(lambda breaks=breaks: len(link.here.items) >= 1 + 2 * breaks)  # type: ignore[misc]
+    link.site.send("still here")
+    told = [item[1] for item in link.here.items if isinstance(item, tuple)]
+    assert told == [Presence.ARRIVED, *[Presence.LOST, Presence.BACK] * 5]
 
 
 @pytest.mark.slow
