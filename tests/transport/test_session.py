@@ -79,6 +79,7 @@ class Held:
         self._limits = Limits(**options.pop("limits", {}))
         self._threads: list[threading.Thread] = []
         self._connections: list[Script] = []
+        self._carrying = threading.Lock()
         self.session = Session(
             "peer", limits=self._limits, spool=folder, sinks=sinks or {}, deliver=self.inbox, **options
         )
@@ -86,10 +87,16 @@ class Held:
 
     def carry(self, window: int = 8) -> Script:
         connection = Script()
+        if self._connections:
+            self._connections[-1].abort()
         self._connections.append(connection)
-        self._start(lambda: self.reasons.append(self.session.carry(connection, window)))
+        self._start(lambda: self._carry(connection, window))
         eventually(lambda: self.session.connection is connection or self.session.over)
         return connection
+
+    def _carry(self, connection: Script, window: int) -> None:
+        with self._carrying:
+            self.reasons.append(self.session.carry(connection, window))
 
     def send(self, *args: Any) -> list[object]:
         """Send on another thread; return where the outcome will be."""
