@@ -123,6 +123,7 @@ class Session:
                 self._take(frame)
                 if frame.kind in MOVING:
                     self._fruitless = 0
+                del frame  # its memory, still in the processor's cache, is the next one's
         except ConnectionClosed as closed:
             reason = str(closed)
         except ProtocolError as error:

@@ -176,6 +176,19 @@ def test_strangers_bytes_are_bounded(name: str, listen: Callable[..., Listener])
         assert ended(loud)
 
 
+def test_strangers_bytes_are_bounded_in_a_tls_handshake_too(listen: Callable[..., Listener], credentials: Kit) -> None:
+    listener = listen(credentials("server"))
+    sent = 0
+    with socket.create_connection(place_of(listener), timeout=10) as loud:
+        with contextlib.suppress(ConnectionError):
+            loud.sendall(b"\x16\x03\x01\x00\x04\x01\xff\xff\xff")  # a greeting of 16 MB, it says
+            for _ in range(1_000):
+                loud.sendall(b"\x16\x03\x01\x40\x00" + bytes(1 << 14))
+                sent += 1 << 14
+        assert ended(loud)
+    assert sent < 8 << 20  # what the kernel has taken by then
+
+
 def test_crowd_of_slow_strangers_keeps_nobody_out(
     driver: Driver, listen: Callable[..., Listener], credentials: Kit, inbox: Inbox
 ) -> None:

@@ -33,6 +33,9 @@ class Outbox:
         self._filled = threading.Condition(self._lock)
         self._drained = threading.Condition(self._lock)
         self._hurry = False
+        self._sending = False
+        """Whether someone is sending frames right now: who has taken them, or who has claimed it."""
+        self._taken = False
         self._reason: str | None = None
 
     @property
@@ -54,18 +57,40 @@ class Outbox:
             self._hurry = self._hurry or lane is not Lane.LAZY
             self._filled.notify()
 
+    def claim(self) -> bool:
+        """Return whether the caller may send a frame by itself, past an empty queue; it must `release` then.
+
+        That saves a long frame the way to another thread, whose processor does not have it in its cache.
+        """
+        with self._lock:
+            if self._reason is not None:
+                raise ConnectionClosed(self._reason)
+            free = not (self._sending or self._urgent or self._bulk)
+            self._sending = self._sending or free
+            return free
+
+    def release(self) -> None:
+        """The frame is out."""
+        with self._lock:
+            self._sending = False
+            if self._urgent or self._bulk or self._reason is not None:
+                self._filled.notify()
+
     def take(self) -> list[Frame] | None:
         """Wait for the next frames to send together; None after `close`, once all that was queued is out.
 
         Small frames that are ready together leave together: a message costs the link far more than its bytes do.
         """
         with self._lock:
+            if self._taken:
+                self._sending = self._taken = False
             self._wait_for_frames()
             if not self._hurry and self._reason is None:
                 self._filled.wait(LINGER_S)
                 self._wait_for_frames()  # those that were there may have been dropped
             if not self._urgent and not self._bulk:
                 return None
+            self._sending = self._taken = True
             self._hurry = bool(self._bulk)
             if self._urgent:
                 return self._join_urgent()
@@ -74,7 +99,7 @@ class Outbox:
             return [self._bulk.popleft()]
 
     def _wait_for_frames(self) -> None:
-        while not self._urgent and not self._bulk and self._reason is None:
+        while self._sending or not (self._urgent or self._bulk or self._reason is not None):
             self._filled.wait()
 
     def _join_urgent(self) -> list[Frame]:

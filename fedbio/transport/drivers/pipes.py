@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Pipe", "SocketPipe", "TlsPipe", "Window"]
 
 import contextlib
+import select
 import socket
 import ssl
 import threading
@@ -15,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-PIECE_BYTES = 128 << 10
-"""Bytes that are encrypted or read at once: they stay in the processor's cache, and the other end begins sooner."""
+PIECE_BYTES = 256 << 10
+"""Bytes that are encrypted or read at once: more would keep the other direction waiting."""
 
-UNSENT_BYTES = 256 << 10
+UNSENT_BYTES = 512 << 10
 """Bytes that may wait in the kernel before they leave: more would only delay what is urgent."""
 
 STRANGER_BYTES = 64 << 10
@@ -54,7 +55,14 @@ class Pipe(ABC):
 
 
 class SocketPipe(Pipe):
-    """A socket as it is."""
+    """A socket as it is.
+
+    Parameters
+    ----------
+    connected : socket
+    deadline : float
+        When a stranger must have proven who it is, on the monotonic clock.
+    """
 
     def __init__(self, connected: socket.socket, deadline: float) -> None:
         self._socket = connected
@@ -67,73 +75,83 @@ class SocketPipe(Pipe):
     def receive(self, into: memoryview) -> int:
         if self._deadline is None:
             return self._socket.recv_into(into)
+        return self._receive_bounded(into)
+
+    def _receive_bounded(self, into: memoryview) -> int:
         if not self._left:
             raise OSError(f"it sent more than {STRANGER_BYTES} bytes before it had proven who it is")
-        self._hurry()
-        count = self._socket.recv_into(into[: self._left])
+        self._socket.settimeout(self._time_left())
+        # past TLS, if there is some
+        count = socket.socket.recv_into(self._socket, into[: self._left])
         self._left -= count
         return count
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
         if self._deadline is not None:
-            self._hurry()
+            self._socket.settimeout(self._time_left())
         sent = self._socket.sendmsg(buffers)
         for buffer in buffers:
             if sent < len(buffer):
                 self._socket.sendall(memoryview(buffer)[sent:])
             sent = max(0, sent - len(buffer))
 
-    def _hurry(self) -> None:
+    def _time_left(self) -> float:
         left = (self._deadline or 0.0) - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
-        self._socket.settimeout(left)
+        return left
 
     def trust(self) -> None:
         self._deadline = None
         self._socket.settimeout(None)
 
+    def dismiss(self) -> None:
+        """Send the end to a stranger and wait, bounded, for its own: else what it sends would wipe out our answer."""
+        with contextlib.suppress(OSError):
+            self.finish()
+            while self._receive_bounded(memoryview(bytearray(4096))):
+                pass
+
     def finish(self) -> None:
-        self._socket.shutdown(socket.SHUT_WR)
+        # without TLS's own end: frames say what is whole, and an end that is forged is one more broken connection.
+        # And not by TLS's own method, after which it would send in the clear
+        socket.socket.shutdown(self._socket, socket.SHUT_WR)
 
     def cut(self) -> None:
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()
 
 
-class TlsPipe(Pipe):
-    """TLS over another pipe.
+class TlsPipe(SocketPipe):
+    """TLS over a socket.
 
-    OpenSSL allows one thread at a time in a connection, so it works on memory under a lock, and no thread holds
-    the lock while it waits for the link. That is faster than its own reading and writing of sockets, too: those
-    take two system calls for each 16 KiB.
+    OpenSSL allows one thread at a time in a connection: the socket never blocks, and no thread holds the lock while it
+    waits for the link. What a stranger may send before its certificate is verified is bounded by OpenSSL.
     """
 
-    def __init__(self, pipe: Pipe, context: ssl.SSLContext, host: str | None = None) -> None:
-        self._pipe = pipe
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=host is None, server_hostname=host)
+    def __init__(
+        self, connected: socket.socket, deadline: float, context: ssl.SSLContext, host: str | None = None
+    ) -> None:
+        super().__init__(connected, deadline)
         self._lock = threading.Lock()
-        self._arrived = memoryview(bytearray(PIECE_BYTES))
+        connected.setblocking(False)
+        self._socket = self._tls = context.wrap_socket(
+            connected, server_side=host is None, server_hostname=host, do_handshake_on_connect=False
+        )
 
     def shake_hands(self) -> dict[str, Any] | None:
         """Prove both ends to each other and return the other's certificate."""
         while True:
             try:
                 self._tls.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                self._flush()
-                if not self._fetch():
-                    raise EOFError("no TLS there: it hung up") from None
-            except ssl.SSLError:
-                self._flush()  # tells the other end why
-                raise
-        self._flush()
-        return self._tls.getpeercert()
+                return self._tls.getpeercert()
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as want:
+                self._wait(want)
+            except ssl.SSLEOFError:
+                raise EOFError("no TLS there: it hung up") from None
 
     @property
     def alpn(self) -> str | None:
@@ -143,52 +161,35 @@ class TlsPipe(Pipe):
     def receive(self, into: memoryview) -> int:
         while True:
             count = 0
-            with self._lock:
-                try:
+            if self._tls.fileno() < 0:
+                return 0  # closed here
+            try:
+                with self._lock:
                     while count < len(into) and (more := self._tls.read(len(into) - count, into[count:])):
                         count += int(more)
+                return count
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as want:
+                if count:
                     return count
-                except ssl.SSLWantReadError:
-                    if count:
-                        return count
-            if not self._fetch():
-                return 0
-
-    def _fetch(self) -> int:
-        count = self._pipe.receive(self._arrived)
-        with self._lock:
-            self._incoming.write(self._arrived[:count])
-        return count
+                self._wait(want)
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
         for buffer in buffers:
             view = memoryview(buffer)
             while view:
-                with self._lock:
-                    view = view[self._tls.write(view[:PIECE_BYTES]) :]
-                    full = self._outgoing.pending >= PIECE_BYTES
-                if full:
-                    self._flush()
-        self._flush()
+                try:
+                    with self._lock:
+                        view = view[self._tls.write(view[:PIECE_BYTES]) :]
+                except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as want:
+                    self._wait(want)
 
-    def _flush(self) -> None:
-        with self._lock:
-            ready = self._outgoing.read()
-        if ready:
-            self._pipe.send([ready])
+    def _wait(self, want: ssl.SSLError) -> None:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN if isinstance(want, ssl.SSLWantReadError) else select.POLLOUT)
+        poll.poll(None if self._deadline is None else self._time_left() * 1000)
 
     def trust(self) -> None:
-        self._pipe.trust()
-
-    def finish(self) -> None:
-        # without TLS's own end: frames say what is whole, and an end that is forged is one more broken connection
-        self._pipe.finish()
-
-    def cut(self) -> None:
-        self._pipe.cut()
-
-    def close(self) -> None:
-        self._pipe.close()
+        self._deadline = None
 
 
 class Window:

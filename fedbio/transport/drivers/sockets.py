@@ -18,7 +18,7 @@ from fedbio.transport.credentials import Credentials, Identity, Unencrypted
 from fedbio.transport.drivers.addresses import bind, connect, split
 from fedbio.transport.drivers.base import Connection, ConnectionClosed, Driver, Lane, Listener
 from fedbio.transport.drivers.outbox import Outbox
-from fedbio.transport.drivers.pipes import Pipe, SocketPipe, TlsPipe, Window
+from fedbio.transport.drivers.pipes import SocketPipe, TlsPipe, Window
 from fedbio.transport.drivers.tls import common_name, context, explain
 from fedbio.transport.frames import HEADER_BYTES, Frame, assemble, encode, header, payload_bytes
 from fedbio.transport.limits import Limits
@@ -90,7 +90,20 @@ class _SocketConnection(Connection):
         raise ConnectionClosed(self._outbox.reason)
 
     def write(self, frame: Frame, lane: Lane = Lane.URGENT) -> None:
-        self._outbox.put(frame, lane)
+        if lane is not Lane.BULK or not self._outbox.claim():
+            self._outbox.put(frame, lane)
+            return
+        try:
+            self._window.pipe.send(_buffers([frame]))
+        except OSError as error:
+            self._break_off(error)
+            raise ConnectionClosed(self._outbox.reason) from error
+        finally:
+            self._outbox.release()
+
+    def _break_off(self, error: OSError) -> None:
+        self._outbox.close(f"the connection broke ({error.strerror or error})".lower(), drop=True)
+        self._window.pipe.cut()
 
     def _send_all(self) -> None:
         pipe = self._window.pipe
@@ -101,7 +114,7 @@ class _SocketConnection(Connection):
             # the other end answers the end of our frames with the end of its own
             self._over.wait()
         except OSError as error:
-            self._outbox.close(f"the connection broke ({error.strerror or error})".lower(), drop=True)
+            self._break_off(error)
         pipe.cut()
         with self._reading:
             pipe.close()
@@ -169,7 +182,11 @@ class _SocketListener(Listener):
                 log.warning("connection not accepted reason=%s", error)
                 time.sleep(0.1)  # this process has too many files open: others will be closed
                 continue
-            pipe = SocketPipe(accepted, time.monotonic() + self._limits.handshake_s)
+            try:
+                pipe = self._pipe(accepted)
+            except OSError:
+                accepted.close()  # it has hung up already
+                continue
             with self._lock:
                 if self._closed:
                     pipe.close()
@@ -182,6 +199,12 @@ class _SocketListener(Listener):
             shown = f"{place[0]}:{place[1]}" if place else "a local process"
             threading.Thread(target=self._meet, args=(pipe, shown), name="fedbio-meet", daemon=True).start()
 
+    def _pipe(self, accepted: socket.socket) -> SocketPipe:
+        deadline = time.monotonic() + self._limits.handshake_s
+        if self._context:
+            return TlsPipe(accepted, deadline, self._context)
+        return SocketPipe(accepted, deadline)
+
     def _meet(self, stranger: SocketPipe, address: str) -> None:
         """Find out who it is and let it in, or not."""
         connection = None
@@ -191,11 +214,7 @@ class _SocketListener(Listener):
             log.info("connection refused address=%s reason=%s", address, error or "it hung up")
         finally:
             if not connection:
-                with contextlib.suppress(OSError):
-                    # what is unread when a socket closes would wipe out our answer on its way
-                    stranger.finish()
-                    while stranger.receive(memoryview(bytearray(4096))):
-                        pass
+                stranger.dismiss()
                 stranger.cut()
                 stranger.close()
             with self._lock:
@@ -204,14 +223,10 @@ class _SocketListener(Listener):
             self._on_connection(connection)
 
     def _let_in(self, stranger: SocketPipe, address: str) -> _SocketConnection:
-        pipe: Pipe = stranger
-        if self._context:
-            pipe = TlsPipe(stranger, self._context)
-            name = common_name(pipe.shake_hands())
-        window, greeting = Window(pipe), self._greeting()
+        certificate = stranger.shake_hands() if isinstance(stranger, TlsPipe) else None
+        window, greeting = Window(stranger), self._greeting()
         claimed = greeting.hear(window)
-        if not self._context:
-            name = Unencrypted(claimed).name
+        name = common_name(certificate) if self._context else Unencrypted(claimed).name
         with self._lock:
             refusal = "it is closing" if self._closed else "" if self._places else "it has as many peers as it may"
             self._places -= not refusal
@@ -249,20 +264,21 @@ class SocketDriver(Driver):
 
     def dial(self, address: str, credentials: Identity, timeout_s: float) -> Connection:
         deadline = time.monotonic() + timeout_s
-        pipe: Pipe | None = None
+        pipe: SocketPipe | None = None
         try:
-            pipe = stranger = SocketPipe(self._connect(address, credentials, deadline), deadline)
             name = ""
             if isinstance(credentials, Credentials):
                 tls = context(credentials, self.greeting.alpn, listening=False)
-                pipe = secure = TlsPipe(stranger, tls, host=split(address)[0])
+                connected = self._connect(address, credentials, deadline)
+                pipe = secure = TlsPipe(connected, deadline, tls, host=split(address)[0])
                 secure.shake_hands()
                 if secure.alpn != self.greeting.alpn:
                     raise ConnectionClosed(f"it does not speak {self.greeting.alpn}; has it another driver?")
             else:
                 name = credentials.check()
+                pipe = SocketPipe(self._connect(address, credentials, deadline), deadline)
             window = self.greeting().ask(Window(pipe), address, name)
-            stranger.trust()
+            pipe.trust()
         except BaseException as error:
             if pipe:
                 pipe.cut()
