@@ -134,8 +134,12 @@ class Outgoing:
         TransportError
             If the receiver does not take the message.
         """
+        made: Frame | None = None
         while True:
             with self._changed:
+                if made is not None:
+                    self._kept.append(made)
+                    self._ended = made.kind == Kind.END
                 while not self._is_over():
                     left = None if deadline is None else deadline - time.monotonic()
                     if left is not None and left <= 0:
@@ -151,13 +155,11 @@ class Outgoing:
                 if frame is not None:
                     self._cursor += 1
             assert connection is not None
+            made = None
             if prefix is not None:
                 self._match(prefix, reader)
             elif frame is None:
-                frame = next(chunks)
-                with self._changed:
-                    self._kept.append(frame)
-                    self._ended = frame.kind == Kind.END
+                made = next(chunks)
             else:
                 with contextlib.suppress(ConnectionClosed):
                     if restarts:

@@ -101,11 +101,11 @@ class SharedChunks:
                     self._making = True
                     break
                 self._changed.wait()
-        self._make()
-        return self.get(reader)
+        return self._make(reader)
 
-    def _make(self) -> None:
+    def _make(self, reader: int) -> Chunk | None:
         """Make the next chunk, on the thread of the reader who needs it first."""
+        chunk = None
         try:
             view = next(self._source, None)
             if view is None:
@@ -120,13 +120,15 @@ class SharedChunks:
                 self._changed.notify_all()
             raise
         with self._changed:
-            if view is None:
+            if chunk is None:
                 self.digest = digest
             else:
                 self._make_room()
                 self._kept.append(chunk)
+                self._places[reader] += 1
             self._making = False
             self._changed.notify_all()
+        return chunk
 
     def _make_room(self) -> None:
         while len(self._kept) >= KEPT_CHUNKS:
