@@ -61,6 +61,9 @@ from fedbio.transport.credentials import Unencrypted
 MIB = 1 << 20
 GROUPS = ("rates", "latency", "files", "sites", "memory")
 SITES = ("site-1", "site-2", "site-3")
+PAIRS = 4
+"""Pairs of new processes for the rates of a link."""
+
 LEAST_RATIO = 0.8
 REPLY_GOAL_MS = 1.0
 GROWTH_GOAL_MIB = 64
@@ -107,7 +110,7 @@ def start_site(state: dict[str, Any], kit: str, folder: str, address: str, drive
 
 def _sinks(folder: str, state: dict[str, Any]) -> dict[str, Any]:
     return {
-        "consume": lambda opening: ConsumerSink(lambda chunk: None),
+        "consume": lambda opening: ConsumerSink(lambda chunk: None, waits=False),
         "file": lambda opening: FileSink(f"{folder}/arrived", opening),
         "items": lambda opening: ObjectSink(lambda name, array: None),
         "memory": lambda opening: MemorySink(opening.size),
@@ -211,6 +214,36 @@ class Figure(NamedTuple):
     """CPU seconds of all parties per GB."""
 
 
+class Turns:
+    """Seconds, and processor time of all parties, of each turn of several loops."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        self.cpu: dict[str, list[float]] = {}
+
+    def take(self, parties: list[Party], loops: dict[str, Work], repeats: int) -> None:
+        """Let loops take turns, after one round of warm-up."""
+        for turn in range(-1, repeats):
+            for name, loop in loops.items():
+                before = sum(party.cpu_seconds() for party in parties)
+                took = loop()
+                if turn >= 0:
+                    self.seconds.setdefault(name, []).append(took)
+                    self.cpu.setdefault(name, []).append(sum(party.cpu_seconds() for party in parties) - before)
+
+    def figures(self, size: int) -> dict[str, Figure]:
+        """Return the medians, and print them."""
+        found = {}
+        for name in self.seconds:
+            rate, cost = (
+                size / statistics.median(self.seconds[name]) / 1e6,
+                statistics.median(self.cpu[name]) / size * 1e9,
+            )
+            found[name] = Figure(rate, cost)
+            print(f"  {name:42s} {rate:8.0f} MB/s {cost:8.2f} CPU s/GB", flush=True)
+        return found
+
+
 class Benchmark:
     """The parties, their kits and the results so far."""
 
@@ -233,24 +266,19 @@ class Benchmark:
         for site in sites:
             site.call(start_site, self.kit(site.name), str(self.folder), address, driver, tls)
 
+    def compare_anew(self, make_loops: Callable[[Party, Party], dict[str, Work]]) -> dict[str, Figure]:
+        """Let loops take turns, at several pairs of new processes one after the other."""
+        turns = Turns()
+        for _ in range(PAIRS):
+            with Party("server") as server, Party("site-1") as site:
+                turns.take([server, site], make_loops(server, site), -(-self.repeats // PAIRS))
+        return turns.figures(self.size)
+
     def compare(self, parties: list[Party], loops: dict[str, Work], size: int | None = None) -> dict[str, Figure]:
         """Let loops take turns, after one round of warm-up."""
-        size = size or self.size
-        seconds: dict[str, list[float]] = {name: [] for name in loops}
-        cpu: dict[str, list[float]] = {name: [] for name in loops}
-        for turn in range(-1, self.repeats):
-            for name, loop in loops.items():
-                before = sum(party.cpu_seconds() for party in parties)
-                took = loop()
-                if turn >= 0:
-                    seconds[name].append(took)
-                    cpu[name].append(sum(party.cpu_seconds() for party in parties) - before)
-        figures = {}
-        for name in loops:
-            rate, cost = size / statistics.median(seconds[name]) / 1e6, statistics.median(cpu[name]) / size * 1e9
-            figures[name] = Figure(rate, cost)
-            print(f"  {name:42s} {rate:8.0f} MB/s {cost:8.2f} CPU s/GB", flush=True)
-        return figures
+        turns = Turns()
+        turns.take(parties, loops, self.repeats)
+        return turns.figures(size or self.size)
 
     def report(
         self,
@@ -284,36 +312,40 @@ class Benchmark:
 
 
 def measure_rates(bench: Benchmark) -> None:
-    """One stream from memory to a consumer, against the bare loop of the same kind."""
+    """One stream from memory to a consumer, against the bare loop of the same kind.
+
+    How fast a process is depends on where its memory and its threads happen to lie: each turn of several has new ones.
+    """
     links = [(driver, True) for driver in bench.drivers] + [("tcp", False)] * ("tcp" in bench.drivers)
     for driver, tls in links:
-        with Party("server") as server, Party("site-1") as site:
-            bench.connect(server, site, driver=driver, tls=tls)
-            if driver == "grpc":
-                site.call(_bare.grpc_dial, bench.kit("site-1"), server.call(_bare.grpc_listen, bench.kit("server")))
-                bare = functools.partial(site.call, _bare.grpc_loop, bench.size)
-            else:
-                port = server.call(_bare.socket_listen, bench.kit("server"), tls=tls)
-                site.call(_bare.socket_dial, bench.kit("site-1"), port, tls=tls)
-                bare = functools.partial(site.call, _bare.socket_loop, bench.size, tls=tls)
-            for upwards in (True, False):
-                sender = site if upwards else server
-                sender.call(_bare.make_blob, bench.size)
-                name = f"{driver}{'' if tls else ' without TLS'}, {'site to server' if upwards else 'server to site'}"
-                print(name)
-                loops: dict[str, Work] = {
-                    "bare": functools.partial(bare, upwards=upwards, checks=True),
-                    "ours": functools.partial(
-                        sender.call, send_blob, bench.size, driver, tls, None if upwards else "site-1"
-                    ),
-                    "bare, without checks": functools.partial(bare, upwards=upwards, checks=False),
-                }
-                figures = bench.compare([server, site], loops)
-                # a WebSocket has no bare loop of its own, and a link without TLS no goal: both are for orientation
-                least = LEAST_RATIO if driver in ("grpc", "tcp") and tls else None
-                bench.report_rate(name, figures["ours"], figures["bare"], least)
-                unchecked = figures["bare, without checks"].rate
-                bench.report(f"{name}: against a loop without checks", figures["ours"].rate, "MB/s", limit=unchecked)
+        for upwards in (True, False):
+            name = f"{driver}{'' if tls else ' without TLS'}, {'site to server' if upwards else 'server to site'}"
+            print(name)
+            figures = bench.compare_anew(functools.partial(_rate_loops, bench, driver, tls, upwards))
+            # a WebSocket has no bare loop of its own, and a link without TLS no goal: both are for orientation
+            least = LEAST_RATIO if driver in ("grpc", "tcp") and tls else None
+            bench.report_rate(name, figures["ours"], figures["bare"], least)
+            unchecked = figures["bare, without checks"].rate
+            bench.report(f"{name}: against a loop without checks", figures["ours"].rate, "MB/s", limit=unchecked)
+
+
+def _rate_loops(bench: Benchmark, driver: str, tls: bool, upwards: bool, server: Party, site: Party) -> dict[str, Work]:
+    bench.connect(server, site, driver=driver, tls=tls)
+    if driver == "grpc":
+        site.call(_bare.grpc_dial, bench.kit("site-1"), server.call(_bare.grpc_listen, bench.kit("server")))
+        bare = functools.partial(site.call, _bare.grpc_loop, bench.size)
+    else:
+        port = server.call(_bare.socket_listen, bench.kit("server"), tls=tls)
+        site.call(_bare.socket_dial, bench.kit("site-1"), port, tls=tls)
+        bare = functools.partial(site.call, _bare.socket_loop, bench.size, tls=tls)
+    sender = site if upwards else server
+    sender.call(_bare.make_blob, bench.size)
+    to = None if upwards else "site-1"
+    return {
+        "bare": functools.partial(bare, upwards=upwards, checks=True),
+        "ours": functools.partial(sender.call, send_blob, bench.size, driver, tls, to),
+        "bare, without checks": functools.partial(bare, upwards=upwards, checks=False),
+    }
 
 
 def measure_latency(bench: Benchmark, count: int = 1000) -> None:
@@ -461,7 +493,7 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=0.3, help="GB of one transfer (default: 0.3)")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each loop after the warm-up (default: 5)")
+    parser.add_argument("--repeats", type=int, default=8, help="turns of each loop after the warm-up (default: 8)")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="what to measure (default: all)")
     parser.add_argument("--drivers", nargs="+", default=["grpc", "tcp", "http"], help="default: grpc tcp http")
     parser.add_argument("--memory-gigabytes", type=float, default=1.0, help="GB in memory; files have twice as many")

@@ -368,7 +368,7 @@ class Incoming:
         try:
             if self._opening.transfer is not None:
                 self._resume(sink)
-            while (frame := self._arrived.get()) is not None:
+            while not self._leave_to_reader(sink) and (frame := self._arrived.get()) is not None:
                 if frame.kind == Kind.CHUNK:
                     self._store(sink, frame)
                 elif frame.kind == Kind.END:
@@ -376,11 +376,19 @@ class Incoming:
                 else:
                     sink.restart()
                     self._hasher, self._taken = blake3(), 0
-            sink.suspend()
+            if self._direct is None:
+                sink.suspend()
         except Exception as error:
             sink.abort()
             self._refuse(_why(error))
         return None
+
+    def _leave_to_reader(self, sink: Sink) -> bool:
+        """Have the thread that reads feed a sink that never waits, once it has all that came before."""
+        with self._lock:
+            if not sink.waits and self._opening.transfer is None and self._arrived.empty() and not self._over:
+                self._direct = sink
+            return self._direct is not None
 
     def _problem(self, frame: Frame) -> str | None:
         """Return what rule a frame breaks; its sender is at fault, not the way."""
@@ -400,9 +408,11 @@ class Incoming:
         self._bytes += len(frame.payload) if frame.kind == Kind.CHUNK else 0
         self._ended = frame.kind == Kind.END
         self._prefix = None
-        if self._direct is None:
-            self._arrived.put(frame)
-        elif self._ended:
+        with self._lock:
+            if self._direct is None:
+                self._arrived.put(frame)
+                return
+        if self._ended:
             self._finish(self._direct, frame)
         else:
             self._store(self._direct, frame)
@@ -450,10 +460,11 @@ class Incoming:
     def _give_up(self, reason: str) -> None:
         """End the stream from outside of its collector."""
         self._refuse(reason)
-        if self._direct is not None:
-            self._direct.suspend()
-        else:
-            self._arrived.put(None)
+        with self._lock:
+            if self._direct is None:
+                self._arrived.put(None)
+                return
+        self._direct.suspend()
 
     def _refuse(self, reason: str) -> None:
         with self._lock:

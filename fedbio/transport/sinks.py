@@ -59,7 +59,16 @@ class Opening:
 
 
 class Sink(ABC):
-    """Takes a payload in."""
+    """Takes a payload in.
+
+    Attributes
+    ----------
+    waits : bool
+        Whether `write` may take its time. One that never does is called on the thread that reads the connection, which
+        saves a hand-over for each chunk.
+    """
+
+    waits = True
 
     def resume(self) -> tuple[blake3, int]:
         """Return what is there from earlier, as its running digest and the number of its chunks."""
@@ -125,6 +134,8 @@ class ReceivedPayload:
 
 class MemorySink(Sink):
     """One buffer of the declared size; its pages are taken as chunks fill them."""
+
+    waits = False
 
     def __init__(self, size: int, on_freed: Callable[[], object] | None = None) -> None:
         array = np.empty(size, np.uint8)
@@ -211,10 +222,19 @@ class ConsumerSink(Sink):
     """Calls a function with each chunk as it arrives; `Received.payload` is the number of bytes.
 
     The whole is known to be right only when the message is delivered: use nothing of it before.
+
+    Parameters
+    ----------
+    consume : callable
+        Given a chunk of at most 1 MiB, which it may keep.
+    waits : bool
+        Whether it may take its time; the sender then waits too. What never does, such as a running sum, is quicker
+        without.
     """
 
-    def __init__(self, consume: Callable[[memoryview], object]) -> None:
+    def __init__(self, consume: Callable[[memoryview], object], *, waits: bool = True) -> None:
         self._consume = consume
+        self.waits = waits
         self._bytes = 0
 
     def write(self, chunk: memoryview) -> None:

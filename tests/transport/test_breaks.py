@@ -66,7 +66,7 @@ class Link:
         connect_deadline_s: float = 30.0,
         **limits: Any,
     ) -> None:
-        kept = Limits(**limits)
+        kept = Limits(**{"window_chunks": WINDOW, **limits})
         plain = driver == "tcp"
         options: dict[str, Any] = {"limits": kept, "driver": driver}
         self.server = ServerEndpoint(

@@ -40,7 +40,7 @@ from .conftest import Inbox, eventually
 from .proxy import DOWN, UP, Proxy
 
 MIB = 1 << 20
-WINDOW_BYTES = 8 * MIB
+WINDOW_BYTES = Limits().window_chunks * MIB
 AGAIN_BYTES = WINDOW_BYTES + (256 << 10)
 """What may be sent twice after a kill: what the receiver has not stored, at most a window; and a handshake."""
 

@@ -10,8 +10,8 @@ import threading
 from fedbio.transport.drivers.base import ConnectionClosed, Lane
 from fedbio.transport.frames import Frame
 
-BULK_FRAMES = 2
-"""Bulk frames queued at most: one on the link, one ready; more would only delay what is urgent."""
+BULK_FRAMES = 4
+"""Bulk frames queued at most: two on their way, two ready; what is urgent overtakes them."""
 
 URGENT_FRAMES = 1024
 """Urgent frames queued at most: a peer that reads none of so many is as good as gone."""
@@ -76,10 +76,11 @@ class Outbox:
             if self._urgent or self._bulk or self._reason is not None:
                 self._filled.notify()
 
-    def take(self) -> list[Frame] | None:
+    def take(self, bulk: int = 1) -> list[Frame] | None:
         """Wait for the next frames to send together; None after `close`, once all that was queued is out.
 
-        Small frames that are ready together leave together: a message costs the link far more than its bytes do.
+        Small frames that are ready together leave together, and up to `bulk` long ones: a message costs the link far
+        more than its bytes do.
         """
         with self._lock:
             if self._taken:
@@ -94,9 +95,10 @@ class Outbox:
             self._hurry = bool(self._bulk)
             if self._urgent:
                 return self._join_urgent()
-            self._drained.notify()
+            frames = [self._bulk.popleft() for _ in range(min(bulk, len(self._bulk)))]
+            self._drained.notify_all()
             self._hurry = bool(self._bulk)
-            return [self._bulk.popleft()]
+            return frames
 
     def _wait_for_frames(self) -> None:
         while self._sending or not (self._urgent or self._bulk or self._reason is not None):
