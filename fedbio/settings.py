@@ -53,13 +53,22 @@ from pydantic import AfterValidator, Field
 from fedbio.compartments import COMPARTMENTS
 from fedbio.errors import SettingsError
 from fedbio.settings_files import describe_problems, read_yaml, with_overrides
+from fedbio.settings_jobs import (
+    Aggregation,
+    ClassifyJob,
+    EmbedJob,
+    EncoderSettings,
+    Job,
+    ProjectionJob,
+    TrainingSettings,
+    check_aggregation,
+)
 from fedbio.settings_parts import (
     DRIVER,
     SCHEMES,
     Address,
     DriverName,
     FederationLimits,
-    Hidden,
     PartyName,
     Quantization,
     QuantizationSetting,
@@ -72,101 +81,6 @@ from fedbio.settings_parts import (
     no_twins,
     parse_hidden,
 )
-
-
-class EncoderSettings(Section):
-    name: str = "esm1nv-44m"
-    """A built-in architecture, or the path of a folder or checkpoint file with trained weights."""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """SHA-256 that the weights must have; null takes them as they are and records it."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the random weights of a built-in architecture."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of inference; auto takes bfloat16 where the hardware has it."""
-    long: Literal["cut", "window"] = "cut"
-    """What to do with proteins longer than the encoder takes: cut the end off, or average overlapping windows."""
-
-
-class TrainingSettings(Section):
-    mlps: Annotated[list[Hidden], Field(min_length=1), AfterValidator(no_twins)] = [
-        "32",
-        "128-64",
-        "256-128-64",
-        "512-256-128-64",
-    ]
-    """Hidden layers of each classifier to train."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(no_twins)] = [0, 1, 2]
-    """Each classifier is trained once per seed."""
-    rounds: Annotated[int, Field(ge=1, le=100_000)] = 30
-    """The most rounds of federated averaging; alone, a site trains for as many."""
-    epochs: Annotated[int, Field(ge=1, le=1_000)] = 1
-    """Passes over a site's own proteins in a round."""
-    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
-    """Proteins in a step."""
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
-    """Step size of Adam."""
-    weight_decay: Annotated[float, Field(ge=0, le=10)] = 1e-4
-    """Decoupled weight decay."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Share of hidden units that are switched off in a step."""
-    patience: Annotated[int, Field(ge=1)] = 8
-    """Stop after so many rounds without a better validation accuracy."""
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the training proteins held back for validation where the data flag none."""
-    min_proteins: Annotated[int, Field(ge=2)] = 10
-    """A site with fewer training proteins abstains: sums over so few would give single embeddings away."""
-
-
-Aggregation = Literal["memory", "file", "lockstep"]
-
-
-def _check_aggregation(aggregation: Aggregation, quantization: Quantization) -> None:
-    if aggregation != "memory" and quantization.to_sites is not None:
-        raise ValueError(
-            f"quantization.to_sites is {quantization.to_sites}, but with aggregation {aggregation} the server holds no "
-            "model that it could quantize; set it to null"
-        )
-
-
-class EmbedJob(Section):
-    """Every site turns its own proteins into embeddings with the encoder that the server names."""
-
-    name: PartyName = "embed"
-    workflow: Literal["embed"]
-    encoder: EncoderSettings = EncoderSettings()
-    classes: Annotated[list[str], Field(min_length=2), AfterValidator(no_twins)] = list(COMPARTMENTS)
-    """Labels outside them are errors, which a site hears of before it embeds."""
-
-
-class ClassifyJob(Section):
-    """Every site trains alone, all sites train together, and the difference is measured."""
-
-    name: PartyName = "classify"
-    workflow: Literal["classify"]
-    classes: Annotated[list[str], Field(min_length=2), AfterValidator(no_twins)] = list(COMPARTMENTS)
-    """The locations to tell apart, in the order of the classifier's outputs; labels outside them are errors."""
-    training: TrainingSettings = TrainingSettings()
-    aggregation: Aggregation = "memory"
-    """Where models are averaged: in the server's memory, in its files, or, in lockstep, while they pass through it."""
-    quantization: QuantizationSetting = Quantization()
-    """In which scheme the models of rounds travel: one for both ways, or keys for each; null sends them exact."""
-
-    @pydantic.model_validator(mode="after")
-    def _check_across(self) -> ClassifyJob:
-        _check_aggregation(self.aggregation, self.quantization)
-        return self
-
-
-class ProjectionJob(Section):
-    """One 2-D map of all sites' proteins; their coordinates leave the sites that allow it."""
-
-    name: PartyName = "map"
-    workflow: Literal["projection"]
-    points: Annotated[int, Field(ge=10, le=100_000)] = 500
-    """The most proteins of a site on the map."""
-
-
-Job = Annotated[EmbedJob | ClassifyJob | ProjectionJob, Field(discriminator="workflow")]
 
 
 class JobsFile(Section):
@@ -248,7 +162,7 @@ class RunSettings(Section):
         least = self.federation.min_sites
         if least is not None and least > self.sites.count:
             raise ValueError(f"federation.min_sites is {least}, but sites.count is only {self.sites.count}")
-        _check_aggregation(self.aggregation, self.quantization)
+        check_aggregation(self.aggregation, self.quantization)
         return self
 
     @property
@@ -258,7 +172,7 @@ class RunSettings(Section):
 
     def jobs(self) -> JobsFile:
         """Return the jobs of this run as the server reads them."""
-        jobs: list[EmbedJob | ClassifyJob | ProjectionJob] = [
+        jobs: list[Job] = [
             EmbedJob(workflow="embed", encoder=self.encoder, classes=self.classes),
             ClassifyJob(
                 workflow="classify",

@@ -28,10 +28,8 @@ from fedbio.federation.party import Party
 from fedbio.federation.quantization import scheme_of
 from fedbio.federation.state import State
 from fedbio.federation.transfers import Transfers
-from fedbio.federation.workflows.classify import Classify
-from fedbio.federation.workflows.embed import Embed
-from fedbio.federation.workflows.projection import Projection
-from fedbio.settings import ClassifyJob, EmbedJob, JobsFile, KitFile, ProjectionJob
+from fedbio.federation.workflows import controller_for
+from fedbio.settings import ClassifyJob, Job, JobsFile, KitFile
 from fedbio.transport import (
     Credentials,
     FilePayload,
@@ -165,7 +163,7 @@ class Server:
                 self._done.add(job.name)
                 self._tell_all(messages.JOB_DONE, JobDone(job.name))
 
-    def _run_job(self, job: EmbedJob | ClassifyJob | ProjectionJob) -> None:
+    def _run_job(self, job: Job) -> None:
         started = time.monotonic()
         self._desk.wait_for_sites(job.name, deadline_s=self.jobs.federation.join_deadline_s)
         log.info("job begins job=%s sites=%s", job.name, ",".join(self._desk.sites(job.name)))
@@ -182,7 +180,7 @@ class Server:
         log.info("job done job=%s seconds=%.1f", job.name, seconds)
         self._party.events.write("job done", job=job.name, seconds=round(seconds, 3))
 
-    def _controller(self, job: EmbedJob | ClassifyJob | ProjectionJob) -> Controller:
+    def _controller(self, job: Job) -> Controller:
         runtime = Runtime(
             job=job.name,
             desk=self._desk,
@@ -197,11 +195,7 @@ class Server:
             outgoing=self.outgoing,
             incoming=self.incoming,
         )
-        if isinstance(job, EmbedJob):
-            return Embed(runtime, job)
-        if isinstance(job, ClassifyJob):
-            return Classify(runtime, job)
-        return Projection(runtime, job)
+        return controller_for(runtime, job)
 
     # what comes
 

@@ -1,0 +1,1 @@
+"""What a training script imports to take part in a federation: ``import fedbio.client as flare``."""

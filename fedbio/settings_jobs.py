@@ -1,0 +1,289 @@
+"""What a job is told: one section for each workflow, checked whole before anything runs."""
+
+from __future__ import annotations
+
+__all__ = [
+    "Aggregation",
+    "ClassifyJob",
+    "ClientSettings",
+    "CyclicJob",
+    "EmbedJob",
+    "EncoderSettings",
+    "EvaluationJob",
+    "FedAvgJob",
+    "Job",
+    "ModelSelection",
+    "ProjectionJob",
+    "ScriptJob",
+    "ServerOptimizer",
+    "StatisticsJob",
+    "SwarmJob",
+    "TrainingSettings",
+    "check_aggregation",
+]
+
+from pathlib import PurePath
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import AfterValidator, Field
+
+from fedbio.compartments import COMPARTMENTS
+from fedbio.settings_parts import (
+    Hidden,
+    PartyName,
+    Quantization,
+    QuantizationSetting,
+    Seconds,
+    Section,
+    no_twins,
+)
+
+
+class EncoderSettings(Section):
+    name: str = "esm1nv-44m"
+    """A built-in architecture, or the path of a folder or checkpoint file with trained weights."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """SHA-256 that the weights must have; null takes them as they are and records it."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the random weights of a built-in architecture."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of inference; auto takes bfloat16 where the hardware has it."""
+    long: Literal["cut", "window"] = "cut"
+    """What to do with proteins longer than the encoder takes: cut the end off, or average overlapping windows."""
+
+
+class TrainingSettings(Section):
+    mlps: Annotated[list[Hidden], Field(min_length=1), AfterValidator(no_twins)] = [
+        "32",
+        "128-64",
+        "256-128-64",
+        "512-256-128-64",
+    ]
+    """Hidden layers of each classifier to train."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(no_twins)] = [0, 1, 2]
+    """Each classifier is trained once per seed."""
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 30
+    """The most rounds of federated averaging; alone, a site trains for as many."""
+    epochs: Annotated[int, Field(ge=1, le=1_000)] = 1
+    """Passes over a site's own proteins in a round."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
+    """Proteins in a step."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    """Step size of Adam."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 1e-4
+    """Decoupled weight decay."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of hidden units that are switched off in a step."""
+    patience: Annotated[int, Field(ge=1)] = 8
+    """Stop after so many rounds without a better validation accuracy."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the training proteins held back for validation where the data flag none."""
+    min_proteins: Annotated[int, Field(ge=2)] = 10
+    """A site with fewer training proteins abstains: sums over so few would give single embeddings away."""
+
+
+Aggregation = Literal["memory", "file", "lockstep"]
+
+
+def check_aggregation(aggregation: Aggregation, quantization: Quantization) -> None:
+    if aggregation != "memory" and quantization.to_sites is not None:
+        raise ValueError(
+            f"quantization.to_sites is {quantization.to_sites}, but with aggregation {aggregation} the server holds no "
+            "model that it could quantize; set it to null"
+        )
+
+
+class EmbedJob(Section):
+    """Every site turns its own proteins into embeddings with the encoder that the server names."""
+
+    name: PartyName = "embed"
+    workflow: Literal["embed"]
+    encoder: EncoderSettings = EncoderSettings()
+    classes: Annotated[list[str], Field(min_length=2), AfterValidator(no_twins)] = list(COMPARTMENTS)
+    """Labels outside them are errors, which a site hears of before it embeds."""
+
+
+class ClassifyJob(Section):
+    """Every site trains alone, all sites train together, and the difference is measured."""
+
+    name: PartyName = "classify"
+    workflow: Literal["classify"]
+    classes: Annotated[list[str], Field(min_length=2), AfterValidator(no_twins)] = list(COMPARTMENTS)
+    """The locations to tell apart, in the order of the classifier's outputs; labels outside them are errors."""
+    training: TrainingSettings = TrainingSettings()
+    aggregation: Aggregation = "memory"
+    """Where models are averaged: in the server's memory, in its files, or, in lockstep, while they pass through it."""
+    quantization: QuantizationSetting = Quantization()
+    """In which scheme the models of rounds travel: one for both ways, or keys for each; null sends them exact."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_across(self) -> ClassifyJob:
+        check_aggregation(self.aggregation, self.quantization)
+        return self
+
+
+class ProjectionJob(Section):
+    """One 2-D map of all sites' proteins; their coordinates leave the sites that allow it."""
+
+    name: PartyName = "map"
+    workflow: Literal["projection"]
+    points: Annotated[int, Field(ge=10, le=100_000)] = 500
+    """The most proteins of a site on the map."""
+
+
+def _plain(name: str) -> str:
+    if PurePath(name).name != name or name.startswith("."):
+        raise ValueError("expected the plain name of a file beside the job file")
+    return name
+
+
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"), AfterValidator(_plain)]
+
+
+class ClientSettings(Section):
+    """The training script that runs at every site."""
+
+    script: FileName
+    """A Python file beside the job file; it is streamed to the sites, which run it if their policy allows it."""
+    files: Annotated[list[FileName], AfterValidator(no_twins)] = []
+    """Further files beside the job file that the script needs."""
+    arguments: list[str] = []
+    """Arguments of the script."""
+    launch: Literal["process", "in_process", "torchrun"] = "process"
+    """Run the script as a process of its own, within the site's process, or as several ranks of torchrun."""
+    processes: Annotated[int, Field(ge=1, le=1_024)] = 1
+    """Ranks of torchrun."""
+    initial: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.py:[A-Za-z_][A-Za-z0-9_]*$")] | None = (
+        None
+    )
+    """FILE.py:FUNCTION that returns the initial model at one site: a module, a state dict, or named arrays."""
+    idle_s: Seconds = 3600.0
+    """Seconds that the script may take for one task."""
+
+
+class ModelSelection(Section):
+    """Which round's model is the best."""
+
+    metric: str = "accuracy"
+    """A metric that the sites report of the model that they received; their mean, weighted by examples, counts."""
+    best: Literal["highest", "lowest"] = "highest"
+    """Whether much or little of it is good."""
+    ties: Literal["first", "last"] = "first"
+    """Which of equally good rounds is chosen."""
+
+
+class ServerOptimizer(Section):
+    """What the server does with the mean change of the sites: Reddi et al. 2021, "Adaptive Federated Optimization"."""
+
+    name: Literal["sgd", "adam", "yogi", "adagrad"]
+    """sgd with momentum is FedAvgM; the others are FedAdam, FedYogi and FedAdagrad."""
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.01
+    """Step size of the server."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Momentum of sgd."""
+    beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the second moment (adam and yogi)."""
+    tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """Degree of adaptivity: added to the root of the second moment."""
+
+
+class ScriptJob(Section):
+    """A job whose work at the sites is a training script."""
+
+    client: ClientSettings
+
+
+class FedAvgJob(ScriptJob):
+    """Federated averaging of what a script trains, and its relatives."""
+
+    name: PartyName = "fedavg"
+    workflow: Literal["fedavg"]
+    model: str | None = None
+    """A safetensors file beside the job file with the initial model; null has a site make it with client.initial."""
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 5
+    """Rounds of training."""
+    sites_per_round: Annotated[int, Field(ge=1)] | None = None
+    """So many sites, drawn anew for each round, take part in it; null means all of them."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of what is drawn."""
+    weighted: bool = True
+    """Weigh each site by the examples that it registered; false gives all the same weight."""
+    aggregate: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
+    """How the sites' models become one; the last three withstand some sites that send nonsense."""
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
+    """Share of the sites that trimmed_mean leaves out at each end of every coordinate."""
+    byzantine: Annotated[int, Field(ge=0)] = 1
+    """Sites that krum assumes to send nonsense."""
+    optimizer: ServerOptimizer | None = None
+    """What the server does with the sites' mean change; null adds it to the model."""
+    proximal_mu: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of FedProx's proximal term, which the script adds to its loss."""
+    scaffold: bool = False
+    """Exchange SCAFFOLD's control variates, with which the script corrects its gradients."""
+    exclude: list[str] = []
+    """Patterns of the names of parameters that stay at each site (FedBN: "*.bn*")."""
+    norm_bound: Annotated[float, Field(gt=1)] | None = None
+    """Refuse a site's change that is more than so many times as long as the median site's."""
+    selection: ModelSelection = ModelSelection()
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many rounds without a better model; null never does."""
+
+
+class CyclicJob(ScriptJob):
+    """One model goes from site to site, and each trains it: cyclic weight transfer."""
+
+    name: PartyName = "cyclic"
+    workflow: Literal["cyclic"]
+    model: str | None = None
+    """A safetensors file beside the job file with the initial model; null has a site make it with client.initial."""
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 5
+    """How often it goes around."""
+    order: Literal["fixed", "random"] = "fixed"
+    """By name, or drawn anew for each time around."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of what is drawn."""
+
+
+class EvaluationJob(ScriptJob):
+    """Every model is tried on every site's data: a matrix."""
+
+    name: PartyName = "evaluation"
+    workflow: Literal["evaluation"]
+    models: Annotated[list[FileName], AfterValidator(no_twins)] = []
+    """Safetensors files beside the job file."""
+    sites: bool = True
+    """Try the sites' own models too: each is asked for the one that its script submits."""
+
+
+class SwarmJob(ScriptJob):
+    """Sites take turns in aggregating; the server only passes on what it cannot read."""
+
+    name: PartyName = "swarm"
+    workflow: Literal["swarm"]
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 5
+    """Rounds of training."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the turns."""
+    selection: ModelSelection = ModelSelection()
+
+
+class StatisticsJob(Section):
+    """Counts and histograms of all sites' proteins together."""
+
+    name: PartyName = "statistics"
+    workflow: Literal["statistics"]
+    classes: Annotated[list[str], Field(min_length=2), AfterValidator(no_twins)] = list(COMPARTMENTS)
+    """Labels that are counted."""
+    length_bins: Annotated[list[int], Field(min_length=1)] = [50, 100, 200, 300, 400, 500, 750, 1000, 2000, 5000]
+    """Upper ends of the bins of the histogram of lengths, in residues; one more bin takes what is longer."""
+    min_count: Annotated[int, Field(ge=1)] = 5
+    """A count below it does not leave a site."""
+
+
+Job = Annotated[
+    EmbedJob | ClassifyJob | ProjectionJob | FedAvgJob | CyclicJob | EvaluationJob | SwarmJob | StatisticsJob,
+    Field(discriminator="workflow"),
+]
