@@ -25,6 +25,7 @@ __all__ = [
     "Job",
     "JobsFile",
     "KitFile",
+    "ModelSelection",
     "ProjectionJob",
     "Quantization",
     "ReportSettings",
@@ -59,6 +60,7 @@ from fedbio.settings_jobs import (
     EmbedJob,
     EncoderSettings,
     Job,
+    ModelSelection,
     ProjectionJob,
     TrainingSettings,
     check_aggregation,
@@ -187,6 +189,10 @@ class RunSettings(Section):
         return JobsFile(jobs=jobs, sites=self.sites.names, federation=self.federation, transport=self.transport)
 
 
+WorkflowName = Literal["embed", "classify", "projection", "fedavg", "cyclic", "evaluation", "swarm", "statistics"]
+CodeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+
 class SiteSettings(Section):
     """One site of a real federation."""
 
@@ -217,6 +223,15 @@ class SiteSettings(Section):
     """Tasks that this site takes; add map to let 2-D coordinates of your proteins leave."""
     quantization: Annotated[list[Scheme], AfterValidator(no_twins)] = list(SCHEMES)
     """Schemes in which models may come to this site and leave it; none means exact models only."""
+    workflows: Annotated[list[WorkflowName], AfterValidator(no_twins)] | None = None
+    """Workflows of the server's jobs that this site takes part in; null means all."""
+    max_rounds: Annotated[int, Field(ge=1)] | None = None
+    """The most rounds of a job that this site takes part in; null sets no bound."""
+    code: Annotated[list[CodeName], AfterValidator(no_twins)] = []
+    """Training scripts of the server that may run here: each the name of a file beside this one that you have read, its
+    SHA-256, or any for whatever comes. None runs unless it is named."""
+    examples: Annotated[int, Field(ge=1)] | None = None
+    """How many examples this site registers for the jobs of training scripts; null counts its proteins."""
     transport: Transport = Transport()
 
 

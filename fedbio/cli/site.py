@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fedbio.errors import SettingsError
+from fedbio.files import sha256_file
 from fedbio.settings import SiteSettings, TaskKind, check
 from fedbio.settings_files import read_yaml, with_overrides
 
@@ -39,6 +40,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow", action="append", default=[], choices=get_args(TaskKind), help="take this kind of task too"
     )
+    parser.add_argument(
+        "--code",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="let this script run here (a file, its SHA-256, or any)",
+    )
     parser.add_argument("--server", metavar="HOST:PORT", help="the server's address, if not the kit's")
     parser.add_argument("--connect-deadline", dest="connect_deadline_s", type=float, metavar="SECONDS",
                         help="keep trying to reach the server for so long")  # fmt: skip
@@ -56,11 +64,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         os.environ.update(dict.fromkeys(names, str(args.threads)))
     from fedbio.cli.server import load_kit
     from fedbio.executors import load_libraries, registry
+    from fedbio.federation.policy import Policy
     from fedbio.federation.site import Site
     from fedbio.transport import Credentials
 
     kit = load_kit(Path(settings.kit), "site")
     _look_at(settings)
+    policy = Policy.read(
+        args.settings.parent if args.settings else Path(),
+        workflows=settings.workflows,
+        max_rounds=settings.max_rounds,
+        code=settings.code,
+    )
     Site(
         kit=kit,
         credentials=Credentials.from_kit(settings.kit),
@@ -79,6 +94,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         heartbeat_s=settings.heartbeat_s,
         quantization=settings.quantization,
         transport=settings.transport,
+        policy=policy,
+        examples=settings.examples,
         prepare=load_libraries,
     ).run()
     if not args.json:
@@ -116,5 +133,13 @@ def _settings(args: argparse.Namespace) -> SiteSettings:
     }
     content |= {key: value for key, value in given.items() if value is not None}
     settings = check(with_overrides(content, args.set, source), SiteSettings, source)
-    allowed = [*settings.allow, *(kind for kind in args.allow if kind not in settings.allow)]
-    return settings.model_copy(update={"allow": allowed})
+    code = [*settings.code, *(_digest(entry) for entry in args.code)]
+    # who names the code that may run lets code run
+    more: list[TaskKind] = [*args.allow, "code"] if code else args.allow
+    allowed = list(dict.fromkeys([*settings.allow, *more]))
+    return settings.model_copy(update={"allow": allowed, "code": code})
+
+
+def _digest(entry: str) -> str:
+    """Return what `--code` says as the settings say it: a file, which may be anywhere, by its content."""
+    return sha256_file(entry) if Path(entry).is_file() else entry

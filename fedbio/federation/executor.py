@@ -5,11 +5,12 @@ from __future__ import annotations
 __all__ = ["Executor", "SiteContext"]
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from fedbio.federation.model import FLModel, Task
+from fedbio.federation.policy import Policy
 from fedbio.results import EventLog, PartyRecord
 
 
@@ -35,6 +36,10 @@ class SiteContext:
         Threads for computing; None leaves the choice to the library.
     synthetic : bool
         Whether the proteins come from the demo generator.
+    policy : Policy
+        What the site's operator lets the server's jobs do; a script runs only if it allows its files.
+    examples : int or None
+        How many examples the site registers for a job of a script; None counts its proteins.
     """
 
     site: str
@@ -47,6 +52,8 @@ class SiteContext:
     device: str = "auto"
     threads: int | None = None
     synthetic: bool = False
+    policy: Policy = field(default_factory=Policy)
+    examples: int | None = None
 
     @property
     def embeddings(self) -> Path:

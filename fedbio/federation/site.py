@@ -33,6 +33,7 @@ from fedbio.federation.lockstep_site import LockstepSite
 from fedbio.federation.messages import Abort, FileHeader, JobDone, Join, Welcome, pack, unpack
 from fedbio.federation.model import FLModel, Result, Status, Task, decode, encode
 from fedbio.federation.party import Party
+from fedbio.federation.policy import Policy
 from fedbio.federation.quantization import Packer, scheme_of
 from fedbio.federation.transfers import Transfers
 from fedbio.files import sha256_file
@@ -99,6 +100,10 @@ class Site:
         Schemes in which models may come and leave.
     transport : Transport
         What is accepted from the server, and how long this site waits.
+    policy : Policy
+        Which jobs and which code its operator lets in.
+    examples : int or None
+        How many examples it registers for a job of a script; None counts its proteins.
     prepare : callable or None
         Loads what tasks need, before the server is dialled: a library that loads for seconds may hold the
         interpreter, and a site that shows no life meanwhile would be taken for gone.
@@ -123,6 +128,8 @@ class Site:
     heartbeat_s: float = 5.0
     quantization: Sequence[str] = SCHEMES
     transport: Transport = field(default_factory=Transport)
+    policy: Policy = field(default_factory=Policy)
+    examples: int | None = None
     prepare: Callable[[], None] | None = None
     outgoing: Chain = field(default_factory=Chain)
     incoming: Chain = field(default_factory=Chain)
@@ -197,6 +204,8 @@ class Site:
             device=self.device,
             threads=self.threads,
             synthetic=self.synthetic,
+            policy=self.policy,
+            examples=self.examples,
             record=party.record,
             events=party.events,
         )
