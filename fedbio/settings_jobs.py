@@ -193,6 +193,7 @@ class ServerOptimizer(Section):
 class ScriptJob(Section):
     """A job whose work at the sites is a training script."""
 
+    workflow: str
     client: ClientSettings
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["Expectation"]
+__all__ = ["ANY_TENSORS", "Expectation"]
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from fedbio.errors import FedbioError
 from fedbio.federation.model import IN_MEMORY, Delivery, ParamsType, Result, Status
 from fedbio.federation.model_file import FileModel
-from fedbio.tensors import check_matches
+from fedbio.tensors import check_matches, manifest
 from fedbio.tensors.check import Manifest, check_manifest
+
+ANY_TENSORS: Manifest = MappingProxyType({})
+"""Expects at least one tensor, whatever its name and shape: what nobody knows beforehand, such as a first model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +26,19 @@ class Expectation:
     Parameters
     ----------
     manifest : mapping of str to (shape, dtype) or None
-        What the tensors must be; None if none may come.
+        What the tensors must be; None if none may come; `ANY_TENSORS` if any may.
     weights : mapping of str to int or None
         The registered number of proteins of each site: the most weight that it may claim. A result of weight 0
         abstains and carries no tensors. None if the task asks for no weight.
-    params_type : ParamsType
-        Whole models or differences.
+    params_type : ParamsType or None
+        Whole models or differences; None takes either.
     delivery : Delivery
         Where the tensors must be; in a file their values were looked at while they came.
     """
 
     manifest: Manifest | None = None
     weights: Mapping[str, int] | None = None
-    params_type: ParamsType = ParamsType.FULL
+    params_type: ParamsType | None = ParamsType.FULL
     delivery: Delivery = IN_MEMORY
 
     def problem(self, result: Result) -> str | None:
@@ -55,8 +59,12 @@ class Expectation:
             abstains = weight == 0
         if abstains or self.manifest is None:
             return "tensors came where none were asked for" if _tensors(result) else None
-        if model.params_type is not self.params_type or model.optimizer_params:
+        if self.params_type not in (None, model.params_type):
             return f"expected parameters of type {self.params_type}, found {model.params_type}"
+        if model.optimizer_params:
+            return "an optimizer's state came where none was asked for"
+        if self.manifest is ANY_TENSORS and not model.params:
+            return "no tensors came where a model was asked for"
         in_file = isinstance(model, FileModel)
         if in_file is not (self.delivery.kind == "file"):
             return f"its parameters came {'in a file' if in_file else 'in memory'}, expected: {self.delivery.kind}"
@@ -64,7 +72,8 @@ class Expectation:
             if isinstance(model, FileModel):
                 check_manifest(model.file.manifest, self.manifest)
             else:
-                check_matches(model.params, self.manifest)
+                expected = manifest(model.params) if self.manifest is ANY_TENSORS else self.manifest
+                check_matches(model.params, expected)
         except FedbioError as error:
             return str(error)
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["Desk", "Post"]
 
+import collections
 import logging
 import threading
 import time
@@ -93,6 +94,7 @@ class Desk:
         self._bug: BaseException | None = None
         self._senders = Workers("push", most=SENDERS)
         self._packer = Packer()
+        self._arrivals: collections.Counter[str] = collections.Counter()
 
     def close(self) -> None:
         """Stop sending."""
@@ -104,6 +106,7 @@ class Desk:
         """A site's process has presented itself; push it whatever it still has to answer."""
         with self._changed:
             self._sites[site] = _Presence(here=True, join=join)
+            self._arrivals[site] += 1
             for each in self._open.values():
                 each.delivered.discard(site)
             self._changed.notify_all()
@@ -183,6 +186,9 @@ class Desk:
             if result.site not in open_task.pending:
                 self._refuse(result, "it has answered already")
                 return
+            if result.task not in self._open:
+                self._refuse(result, "its task is not open")
+                return
             open_task.pending.discard(result.site)
             if problem is not None:
                 open_task.lost[result.site] = f"its result was refused: {problem}"
@@ -226,6 +232,11 @@ class Desk:
         with self._changed:
             return kind in self._sites[site].join.allow
 
+    def arrivals(self, site: str) -> int:
+        """Return how many processes of a site have presented themselves: a new one knows nothing of the last one's."""
+        with self._changed:
+            return self._arrivals[site]
+
     def needed(self, asked: int) -> int:
         """Return how many of `asked` sites have to answer."""
         return asked if self.min_sites is None else min(self.min_sites, asked)
@@ -267,8 +278,17 @@ class Desk:
         min_responses: int,
         deadline_s: float,
         travel: Travel = EXACT,
+        on_result: Callable[[Result], None] | None = None,
+        missing: dict[str, str] | None = None,
     ) -> list[Result]:
         """Hand a task to sites and wait until all have answered, or for enough of them until the deadline.
+
+        Parameters
+        ----------
+        on_result : callable, optional
+            Called on the caller's thread with each accepted result when it has come; what it raises ends the task.
+        missing : dict of str to str, optional
+            Filled with the sites that have given no result, and why.
 
         Returns
         -------
@@ -300,15 +320,17 @@ class Desk:
             if self._is_here(site):
                 self._push(site, open_task)
         try:
-            self._wait(open_task, min_responses, deadline_s)
+            self._wait(open_task, min_responses, deadline_s, on_result)
         finally:
             with self._changed:
-                del self._open[task.id]
+                self._open.pop(task.id, None)
         results = [open_task.results[site] for site in sorted(open_task.results)]
         why = self._why_missing(open_task)
         self._events.write(
             "task closed", task=task.name, id=task.id, answered=[each.site for each in results], missing=why
         )
+        if missing is not None:
+            missing.update(why)
         if len(results) < min_responses:
             raise FederationError(
                 f"job {task.job}: task {task.name} of round {task.model.current_round}: {len(results)} of {len(sites)} "
@@ -317,24 +339,46 @@ class Desk:
             )
         return results
 
-    def _wait(self, open_task: _OpenTask, min_responses: int, deadline_s: float) -> None:
+    def _wait(
+        self,
+        open_task: _OpenTask,
+        min_responses: int,
+        deadline_s: float,
+        on_result: Callable[[Result], None] | None,
+    ) -> None:
         began = said = time.monotonic()
-        with self._changed:
-            while open_task.pending:
+        told: set[str] = set()
+        while True:
+            with self._changed:
                 if self._bug is not None:
                     raise self._bug
                 now = time.monotonic()
                 left = began + deadline_s - now
-                if left <= 0 or len(open_task.results) + len(open_task.pending) < min_responses:
-                    return
-                gone = [site for site in sorted(open_task.pending) if not self._sites[site].here]
-                if gone and now - said >= SAY_EVERY_S:
-                    said = now
-                    log.info(
-                        "waiting for sites that are gone task=%s round=%d missing=%s seconds_left=%.0f",
-                        open_task.task.name, open_task.task.model.current_round, ",".join(gone), left,
-                    )  # fmt: skip
-                self._changed.wait(min(left, 1.0))
+                fresh = [open_task.results[site] for site in open_task.results if site not in told]
+                over = (
+                    not open_task.pending
+                    or left <= 0
+                    or len(open_task.results) + len(open_task.pending) < min_responses
+                )
+                if over:
+                    # a result that comes from here on is late, whatever `on_result` does meanwhile
+                    del self._open[open_task.task.id]
+                elif on_result is None or not fresh:
+                    gone = [site for site in sorted(open_task.pending) if not self._sites[site].here]
+                    if gone and now - said >= SAY_EVERY_S:
+                        said = now
+                        log.info(
+                            "waiting for sites that are gone task=%s round=%d missing=%s seconds_left=%.0f",
+                            open_task.task.name, open_task.task.model.current_round, ",".join(gone), left,
+                        )  # fmt: skip
+                    self._changed.wait(min(left, 1.0))
+                    continue
+            # outside the lock: answers of other sites are taken meanwhile
+            for result in fresh if on_result is not None else ():
+                told.add(result.site)
+                on_result(result)
+            if over:
+                return
 
     def _why_missing(self, open_task: _OpenTask) -> Mapping[str, str]:
         """Return who has not given a result and why; those who failed come before those who are only late."""

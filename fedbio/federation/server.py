@@ -305,9 +305,9 @@ class Server:
         self._party.ledger.add("model" if payload else "control", size, to=site)
         self._endpoint.send(site, topic, body, payload, timeout_s)
 
-    def _send_file(self, site: str, path: Path, header: FileHeader) -> None:
+    def _send_file(self, site: str, path: Path, header: FileHeader, kind: str) -> None:
         payload = FilePayload(path)
-        self._party.ledger.add("encoder", payload.size or 0, to=site)
+        self._party.ledger.add(kind, payload.size or 0, to=site)
         self._endpoint.send(site, messages.FILE, pack(header), payload, self.jobs.federation.round_deadline_s)
 
     def _tell(self, site: str, topic: str, message: msgspec.Struct | None = None) -> None:

@@ -166,9 +166,7 @@ class State:
             "insert or replace into runs values (?, ?, ?, ?, ?, ?)",
             job, run, progress.round, progress.best_round, progress.best_value, progress.finished,
         )  # fmt: skip
-        kept = {_model_name(run, progress.best_round)}
-        if not progress.finished:
-            kept.add(_model_name(run, progress.round))
+        kept = {_model_name(run, progress.best_round), _model_name(run, progress.round)}
         for path in (self.folder / "models" / job / run).glob("round-*.safetensors"):
             if f"{run}/{path.stem}" not in kept:
                 path.unlink()

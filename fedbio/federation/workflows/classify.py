@@ -7,7 +7,7 @@ __all__ = ["Classify"]
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ from fedbio.errors import FederationError
 from fedbio.federation.controller import Controller, Runtime
 from fedbio.federation.model import FLModel, Parameters
 from fedbio.federation.workflows.aggregation import make_aggregation
-from fedbio.federation.workflows.fedavg import FedAvg, Outcome, RoundMetrics
+from fedbio.federation.workflows.fedavg import FedAvg, Outcome
 from fedbio.federation.workflows.moments import federated_standardizer
 from fedbio.federation.workflows.study import (
     Alone,
@@ -138,7 +138,7 @@ class Classify(Controller):
                 shared=self.standardizer,
                 quantization=self.quantization,
                 aggregation=self.aggregation,
-                on_round=lambda metrics: self.note_round(spec, metrics),
+                on_round=lambda number, means: self.note_round(spec, number, means),
             ).run()
         with self.stage("train alone"):
             self.train_alone(spec)
@@ -182,13 +182,14 @@ class Classify(Controller):
         """Return the sites that are here and have described their data."""
         return [site for site in self.sites() if site in self.descriptions]
 
-    def note_round(self, spec: RunSpec, metrics: RoundMetrics) -> None:
+    def note_round(self, spec: RunSpec, number: int, means: Mapping[str, float]) -> None:
         """Note the means over all sites of one round."""
-        self.progress.advance(metrics.round - self.measured)
-        self.measured = metrics.round
-        self.runtime.events.write("round", mlp=spec.hidden, seed=spec.seed, **metrics._asdict())
-        values = (metrics.train_loss, metrics.validation_accuracy, metrics.validation_loss)
-        self.note(spec, FEDERATED, metrics.round, dict(zip(_CURVE, values, strict=True)))
+        self.progress.advance(number - self.measured)
+        self.measured = number
+        values = {name: means.get(name) for name in ("validation_accuracy", "validation_loss", "train_loss")}
+        self.runtime.events.write("round", mlp=spec.hidden, seed=spec.seed, round=number, **values)
+        rows = {(split, metric): values[f"{split}_{metric}"] for split, metric in _CURVE}
+        self.note(spec, FEDERATED, number, rows)
 
     def note(self, spec: RunSpec, party: str, number: int, values: dict[tuple[str, str], float | None]) -> None:
         """Add rows to the table of metrics; what was not measured has no row."""

@@ -67,7 +67,7 @@ class Embed(Controller):
         deadline = time.monotonic() + self.runtime.limits.round_deadline_s
         while True:
             try:
-                self.runtime.send_file(site, path, header)
+                self.runtime.send_file(site, path, header, "encoder")
                 self.runtime.events.write("file sent", site=site, file=header.name, sha256=header.sha256)
                 return
             except TransportError:

@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-__all__ = ["FedAvg", "Outcome", "RoundMetrics"]
+__all__ = ["FedAvg", "Outcome"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from fedbio.errors import FederationError, SettingsError
 from fedbio.federation.controller import Controller, Runtime
-from fedbio.federation.model import IN_MEMORY, FLModel, Parameters, Result
+from fedbio.federation.model import IN_MEMORY, FLModel, Parameters, ParamsType, Result
 from fedbio.federation.quantization import Travel
 from fedbio.federation.state import Progress
 from fedbio.federation.workflows.aggregation import Aggregation, Initial, make_aggregation
-from fedbio.settings import Quantization
+from fedbio.settings import ModelSelection, Quantization
 from fedbio.tensors.check import Manifest
-
-TRAIN, VALIDATE = "train", "validate"
 
 EXACT = Quantization()
 
+ACCURACY = ModelSelection(metric="validation_accuracy")
+
 TIE = 1e-9
-"""Accuracies nearer than this are equal: they are ratios of counts, averaged in floating point."""
+"""Metrics nearer than this are equal: they are ratios of counts, averaged in floating point."""
 
-
-class RoundMetrics(NamedTuple):
-    """Means over all sites' proteins of one round's model; None where no site measured anything."""
-
-    round: int
-    validation_accuracy: float | None
-    validation_loss: float | None
-    train_loss: float | None
+VALIDATION = "validation_"
+"""How the names of metrics begin that are averaged over validation proteins; others are over training proteins."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The best model of a run, its round, and the validation accuracy that made it the best."""
+    """The best model of a run, its round, and the metric that made it the best."""
 
     models: Aggregation
     model: FLModel
@@ -51,8 +45,8 @@ class FedAvg(Controller):
     """Sites train the same model on their own data; the mean of their parameters is the next model.
 
     In a round, a site first measures the model that it received on its own validation proteins, then trains it for
-    some epochs with a fresh optimizer. The model is chosen by the accuracy on all sites' validation proteins together,
-    the first of equals; round r is the model after r rounds of averaging.
+    some epochs with a fresh optimizer. Round r is the model after r rounds of averaging. The best one is chosen by a
+    metric over all sites' proteins together.
 
     Parameters
     ----------
@@ -75,9 +69,21 @@ class FedAvg(Controller):
         How the models of rounds travel.
     aggregation : str
         Where the models are: ``"memory"`` or ``"file"`` of the server, or, in ``"lockstep"``, at the sites alone.
+    selection : ModelSelection
+        By which metric the best model is chosen.
     on_round : callable, optional
-        Given the metrics of each round.
+        Given the number of each round and the means of all metrics that sites reported of its model.
+
+    Attributes
+    ----------
+    train, validate : str
+        The tasks of a round, and of the last model, which is not trained any more.
+    params_type : ParamsType or None
+        Whether sites answer with whole models or with differences; None takes either.
     """
+
+    train, validate = "train", "validate"
+    params_type: ParamsType | None = ParamsType.FULL
 
     def __init__(
         self,
@@ -94,13 +100,14 @@ class FedAvg(Controller):
         shared: Parameters | None = None,
         quantization: Quantization = EXACT,
         aggregation: str = "memory",
-        on_round: Callable[[RoundMetrics], None] | None = None,
+        selection: ModelSelection = ACCURACY,
+        on_round: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         super().__init__(runtime)
         self.name, self.initial, self.manifest = name, initial, manifest
         self.rounds, self.patience = rounds, patience
         self.training, self.validation, self.meta = training, validation, meta
-        self.shared, self.on_round = shared or {}, on_round
+        self.shared, self.selection, self.on_round = shared or {}, selection, on_round
         self.models = make_aggregation(aggregation, runtime, name)
         self.travel = Travel(
             quantization.to_sites,
@@ -144,36 +151,61 @@ class FedAvg(Controller):
         return msgspec.structs.replace(model, meta=self.meta, current_round=number, total_rounds=self.rounds)
 
     def broadcast_and_wait_for_round(self, model: FLModel) -> list[Result]:
-        """Have every site measure the model and, but for the last one, train it."""
+        """Have the sites measure the model and, but for the last one, train it."""
         last = model.current_round == self.rounds
         return self.broadcast_and_wait(
-            VALIDATE if last else TRAIN,
+            self.validate if last else self.train,
             msgspec.structs.replace(model, params={**self.shared, **model.params}),
-            self.models.reach(model, [site for site in self.sites() if site in self.training]),
-            expect=None if last else self.models.manifest(self.runtime.outgoing(model, task=TRAIN)),
+            self.models.reach(model, self.choose(model)),
+            expect=None if last else self.expect(model),
             weights=None if last else self.training,
             delivery=IN_MEMORY if last else self.models.delivery(model),
             travel=self.travel,
+            params_type=self.params_type,
         )
+
+    def choose(self, model: FLModel) -> list[str]:
+        """Return the sites that take part in a round."""
+        return [site for site in self.sites() if site in self.training]
+
+    def expect(self, model: FLModel) -> Manifest | None:
+        """Return what the tensors of an answer must be."""
+        return self.models.manifest(self.runtime.outgoing(model, task=self.train))
 
     def select(self, model: FLModel, results: Sequence[Result]) -> None:
         """Compare the model that the sites have measured with the best one so far, and see whether to stop."""
-        metrics = RoundMetrics(
-            model.current_round,
-            _mean(results, "validation_accuracy", self.validation),
-            _mean(results, "validation_loss", self.validation),
-            _mean(results, "train_loss", self.training),
-        )
+        means = self.means(results)
         best_round, best_value = self.progress.best_round, self.progress.best_value
-        value = metrics.validation_accuracy
-        if value is None or best_value is None or value > best_value + TIE:
+        value = means.get(self.selection.metric)
+        if self.is_better(value, best_value):
             best_round, best_value = model.current_round, value
         finished = model.current_round == self.rounds or model.current_round - best_round >= self.patience
         self.progress = Progress(model.current_round, best_round, best_value, finished)
         if self.on_round is not None:
-            self.on_round(metrics)
+            self.on_round(model.current_round, means)
         if finished:
             self.state.save(self.job, self.name, self.progress)
+
+    def means(self, results: Sequence[Result]) -> dict[str, float]:
+        """Average each metric over all proteins of the sites that measured it; the sites' registered counts hold."""
+        found = {}
+        for metric in sorted({name for each in results for name in each.model.metrics}):
+            counts = self.validation if metric.startswith(VALIDATION) else self.training
+            measured = [
+                (each.model.metrics[metric], counts.get(each.site, 0))
+                for each in results
+                if metric in each.model.metrics
+            ]
+            if total := sum(count for _, count in measured):
+                found[metric] = sum(value * count for value, count in measured) / total
+        return found
+
+    def is_better(self, value: float | None, best: float | None) -> bool:
+        """Whether a model takes the place of the best one so far; one that nobody measured follows only its like."""
+        if value is None or best is None:
+            return best is None
+        gain = value - best if self.selection.best == "highest" else best - value
+        return gain > TIE or (self.selection.ties == "last" and gain >= -TIE)
 
     def aggregate(self, model: FLModel, results: Sequence[Result]) -> FLModel:
         """Return the next model: the mean of the sites' parameters, weighted by their numbers of proteins."""
@@ -193,12 +225,3 @@ class FedAvg(Controller):
         """Return the best model."""
         number = self.progress.best_round
         return Outcome(self.models, self.models.load(number), number, self.progress.best_value)
-
-
-def _mean(results: Sequence[Result], metric: str, counts: Mapping[str, int]) -> float | None:
-    """Average a metric over all proteins of the sites that measured it; counts are those that the sites registered."""
-    measured = [
-        (each.model.metrics[metric], counts.get(each.site, 0)) for each in results if metric in each.model.metrics
-    ]
-    total = sum(count for _, count in measured)
-    return sum(value * count for value, count in measured) / total if total else None
