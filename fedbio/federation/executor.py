@@ -5,10 +5,13 @@ from __future__ import annotations
 __all__ = ["Executor", "SiteContext"]
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from fedbio.federation.filters import Chain
+from fedbio.federation.identity import SiteIdentity
 from fedbio.federation.model import FLModel, Task
 from fedbio.federation.policy import Policy
 from fedbio.results import EventLog, PartyRecord
@@ -40,6 +43,14 @@ class SiteContext:
         What the site's operator lets the server's jobs do; a script runs only if it allows its files.
     examples : int or None
         How many examples the site registers for a job of a script; None counts its proteins.
+    identity : SiteIdentity or None
+        With which it signs what it says to other sites; None if it has no certificate.
+    outgoing : Chain
+        The site's filters, for what an executor closes so that nobody can filter it afterwards.
+    job : str
+        The job of the task that is being done, or was done last.
+    on_metric : callable or None
+        Takes job, key, value and step of a number that shall be seen at the server at once.
     """
 
     site: str
@@ -54,6 +65,10 @@ class SiteContext:
     synthetic: bool = False
     policy: Policy = field(default_factory=Policy)
     examples: int | None = None
+    identity: SiteIdentity | None = None
+    outgoing: Chain = field(default_factory=Chain)
+    job: str = ""
+    on_metric: Callable[[str, str, float, int | None], None] | None = None
 
     @property
     def embeddings(self) -> Path:
@@ -68,6 +83,23 @@ class SiteContext:
     def received(self, group: str) -> Path:
         """Return the folder of files from the server that belong together, known by their common digest."""
         return self.workspace / "received" / group
+
+    def track(self, key: str, value: float, step: int | None = None, *, job: str | None = None) -> None:
+        """Show a number at the server while the task is still done; from any thread, and without waiting for it.
+
+        Parameters
+        ----------
+        key : str
+            What it is: names joined by slashes, up to 200 characters.
+        value : float
+            One that is not finite is not sent.
+        step : int, optional
+            Where it stands on the curve's axis; 0 by default.
+        job : str, optional
+            Whose it is; by default that of the task.
+        """
+        if self.on_metric is not None:
+            self.on_metric(self.job if job is None else job, key, value, step)
 
     def remark(self, sentence: str) -> None:
         """Put a sentence into the record once; readers of the report will see it."""

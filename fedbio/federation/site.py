@@ -29,12 +29,14 @@ from fedbio.federation import messages
 from fedbio.federation.executor import Executor, SiteContext
 from fedbio.federation.filters import Chain
 from fedbio.federation.held import Held
+from fedbio.federation.identity import SiteIdentity
 from fedbio.federation.lockstep_site import LockstepSite
 from fedbio.federation.messages import Abort, FileHeader, JobDone, Join, Welcome, pack, unpack
 from fedbio.federation.model import FLModel, Result, Status, Task, decode, encode
 from fedbio.federation.party import Party
 from fedbio.federation.policy import Policy
 from fedbio.federation.quantization import Packer, scheme_of
+from fedbio.federation.reporter import Reporter
 from fedbio.federation.transfers import Transfers
 from fedbio.files import sha256_file
 from fedbio.settings import SCHEMES, KitFile, Transport
@@ -51,8 +53,11 @@ SEND_TRIES = 3
 GOODBYE_S = 10.0
 """Seconds for a last word to a server that may have left already."""
 
-TENSOR_KINDS = ("model", "sums")
+TENSOR_KINDS = ("model", "sealed", "sums")
 """Kinds in the ledger that are tensors; an answer without any is only the numbers beside them."""
+
+METRICS_S = 10.0
+"""Seconds in which the server has to take a message with metrics."""
 
 LIBRARIES = ("grpcio", "h5py", "msgspec", "numpy", "torch")
 """Whose versions go into the site's record."""
@@ -151,6 +156,7 @@ class Site:
             store=self._held.store,
             adopt=self._held.adopt,
         )
+        self._reporter = Reporter(lambda body: self._send(messages.METRIC, body, None, "metrics", METRICS_S))
         self._failure: FedbioError | None = None
         self._saved = 0.0
 
@@ -186,6 +192,7 @@ class Site:
                 try:
                     while self._handle(self._next()):
                         pass
+                    self._reporter.close()
                     self._say_goodbye()
                 finally:
                     self._over = True
@@ -206,6 +213,9 @@ class Site:
             synthetic=self.synthetic,
             policy=self.policy,
             examples=self.examples,
+            on_metric=self._reporter.add,
+            identity=SiteIdentity(self.credentials) if isinstance(self.credentials, Credentials) else None,
+            outgoing=self.outgoing,
             record=party.record,
             events=party.events,
         )
@@ -348,6 +358,7 @@ class Site:
             log.warning("task refused task=%s reason=%s", task.name, refusal)
             self._party.events.write("task refused", task=task.name, reason=refusal)
             return Result(task=task.id, status=Status.REFUSED, reason=refusal)
+        self._context.job = task.job
         started = time.monotonic()
         try:
             model = executor.execute(task, self.incoming(self._with_held(task.model), task=task.name), self._context)
@@ -370,6 +381,8 @@ class Site:
         return result
 
     def _reply(self, answer: _Answer) -> None:
+        # a job that is done has all its metrics
+        self._reporter.flush()
         refusal = ""
         for _ in range(SEND_TRIES):
             if self._told_to_stop:

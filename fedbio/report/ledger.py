@@ -10,6 +10,7 @@ from fedbio.report.words import bytes_words
 
 KINDS = {
     "model": "weights of classifiers",
+    "sealed": "weights of classifiers, sealed for another site so that the server cannot read them",
     "metrics": "accuracies, losses, learning curves, and counts of right and wrong answers",
     "counts": "numbers of proteins, by class and split",
     "sums": "sums over all training proteins of a site, for the common mean and spread, and for the axes of a map",
