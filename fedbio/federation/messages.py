@@ -11,7 +11,11 @@ __all__ = [
     "FILE",
     "JOB_DONE",
     "JOIN",
+    "MAX_STEP",
     "MEAN",
+    "METRIC",
+    "METRICS_IN_MESSAGE",
+    "METRIC_KEY_CHARACTERS",
     "PART",
     "PROTOCOL",
     "RESULT",
@@ -23,12 +27,14 @@ __all__ = [
     "FileHeader",
     "JobDone",
     "Join",
+    "Metric",
+    "Metrics",
     "Welcome",
     "pack",
     "unpack",
 ]
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -57,6 +63,8 @@ ABORT = "abort"
 """Server to site: `Abort`."""
 BYE = "bye"
 """Site to server, empty: the site leaves for good."""
+METRIC = "metric"
+"""Site to server: `Metrics`, while a task is done."""
 
 CALL = "lockstep-call"
 """Server to site: `Exchange`; the site shall send its part of it."""
@@ -102,6 +110,33 @@ class Abort(msgspec.Struct):
     """The server gives up, and why."""
 
     reason: str
+
+
+METRICS_IN_MESSAGE = 256
+"""The most numbers in one message."""
+METRIC_KEY_CHARACTERS = 200
+"""MLflow takes keys of 250."""
+MAX_STEP = 2**53
+"""Beyond it JSON's readers lose digits."""
+
+# what TensorBoard, MLflow and file systems all take: names joined by slashes, none of which is a way up
+_KEY = r"\A[A-Za-z0-9_][A-Za-z0-9_ .:-]*(/[A-Za-z0-9_][A-Za-z0-9_ .:-]*)*\Z"
+
+
+class Metric(msgspec.Struct, frozen=True):
+    """One number of a job; whose it is says the certificate of the site that sends it."""
+
+    job: Annotated[str, msgspec.Meta(max_length=63)]
+    key: Annotated[str, msgspec.Meta(max_length=METRIC_KEY_CHARACTERS, pattern=_KEY)]
+    value: float
+    step: Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)] = 0
+
+
+class Metrics(msgspec.Struct):
+    """Numbers in the order in which they were measured, and how many before them were too many to send."""
+
+    entries: Annotated[list[Metric], msgspec.Meta(max_length=METRICS_IN_MESSAGE)]
+    left_out: Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)] = 0
 
 
 class Exchange(msgspec.Struct, frozen=True):
