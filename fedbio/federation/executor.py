@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from fedbio.federation.filters import Chain
+from fedbio.federation.identity import SiteIdentity
 from fedbio.federation.model import FLModel, Task
 from fedbio.federation.policy import Policy
 from fedbio.results import EventLog, PartyRecord
@@ -41,6 +43,10 @@ class SiteContext:
         What the site's operator lets the server's jobs do; a script runs only if it allows its files.
     examples : int or None
         How many examples the site registers for a job of a script; None counts its proteins.
+    identity : SiteIdentity or None
+        With which it signs what it says to other sites; None if it has no certificate.
+    outgoing : Chain
+        The site's filters, for what an executor closes so that nobody can filter it afterwards.
     job : str
         The job of the task that is being done, or was done last.
     on_metric : callable or None
@@ -59,6 +65,8 @@ class SiteContext:
     synthetic: bool = False
     policy: Policy = field(default_factory=Policy)
     examples: int | None = None
+    identity: SiteIdentity | None = None
+    outgoing: Chain = field(default_factory=Chain)
     job: str = ""
     on_metric: Callable[[str, str, float, int | None], None] | None = None
 

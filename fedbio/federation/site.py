@@ -29,6 +29,7 @@ from fedbio.federation import messages
 from fedbio.federation.executor import Executor, SiteContext
 from fedbio.federation.filters import Chain
 from fedbio.federation.held import Held
+from fedbio.federation.identity import SiteIdentity
 from fedbio.federation.lockstep_site import LockstepSite
 from fedbio.federation.messages import Abort, FileHeader, JobDone, Join, Welcome, pack, unpack
 from fedbio.federation.model import FLModel, Result, Status, Task, decode, encode
@@ -52,7 +53,7 @@ SEND_TRIES = 3
 GOODBYE_S = 10.0
 """Seconds for a last word to a server that may have left already."""
 
-TENSOR_KINDS = ("model", "sums")
+TENSOR_KINDS = ("model", "sealed", "sums")
 """Kinds in the ledger that are tensors; an answer without any is only the numbers beside them."""
 
 METRICS_S = 10.0
@@ -213,6 +214,8 @@ class Site:
             policy=self.policy,
             examples=self.examples,
             on_metric=self._reporter.add,
+            identity=SiteIdentity(self.credentials) if isinstance(self.credentials, Credentials) else None,
+            outgoing=self.outgoing,
             record=party.record,
             events=party.events,
         )
