@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         credentials=Credentials.from_kit(args.kit),
         jobs=jobs,
         workspace=args.output,
+        code=args.jobs.parent,
         listen=args.listen or listen_address(kit.server),
         save_model=lambda params, publication: _save_model(args.output / "global", params, publication),
     ).run(more_jobs=(lambda: _wait_for_change(args.jobs)) if args.serve else None)

@@ -41,6 +41,8 @@ class Runtime:
     record : PartyRecord
         The server's account of the run, filled by the jobs.
     workspace : Path
+    code : Path
+        The folder of the job's file, and of those that it names.
     limits : FederationLimits
     send_file : callable
         Streams a file to a site: name of the site, path, what the file is, and its kind in the ledger.
@@ -58,6 +60,7 @@ class Runtime:
     events: EventLog
     record: PartyRecord
     workspace: Path
+    code: Path
     limits: FederationLimits
     send_file: Callable[[str, Path, FileHeader, str], None]
     lockstep: Lockstep

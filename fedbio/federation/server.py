@@ -64,6 +64,8 @@ class Server:
         The folder for everything that the server keeps; a server that starts again in it goes on.
     listen : str
         ``host:port``; port 0 takes a free one.
+    code : Path
+        The folder of the jobs file, where the files lie that jobs name.
     save_model : callable or None
         Writes the model that a job publishes: its tensors, and what is said of them.
     outgoing, incoming : Chain
@@ -77,6 +79,7 @@ class Server:
     jobs: JobsFile
     workspace: Path
     listen: str
+    code: Path = Path()
     save_model: Callable[[Parameters, msgspec.Struct], None] | None = None
     outgoing: Chain = field(default_factory=Chain)
     incoming: Chain = field(default_factory=Chain)
@@ -188,6 +191,7 @@ class Server:
             events=self._party.events,
             record=self._party.record,
             workspace=self.workspace,
+            code=self.code,
             limits=self.jobs.federation,
             send_file=self._send_file,
             lockstep=self._lockstep,
