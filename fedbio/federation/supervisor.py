@@ -6,7 +6,6 @@ __all__ = ["Process", "supervise"]
 
 import collections
 import contextlib
-import ctypes
 import math
 import os
 import selectors
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import IO, TextIO
 
 from fedbio.errors import FedbioError, FederationError, InputError, RefusedError
+from fedbio.processes import die_with_parent
 
 BLAME_S = 3.0
 """Seconds after a first failure in which the others may end by themselves, before they are ended."""
@@ -32,8 +32,6 @@ LEAVE_S = 60.0
 
 LAST_LINES = 8
 """Lines of the culprit's log that are shown."""
-
-PR_SET_PDEATHSIG = 1
 
 _ERRORS: dict[int, type[FedbioError]] = {1: FedbioError, 2: InputError, 4: RefusedError}
 
@@ -61,7 +59,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         assert self.popen.stdout is not None
         return self.popen.stdout
@@ -177,11 +175,3 @@ def _failure(culprit: Process) -> FedbioError:
     lines = "\n".join(f"  {line}" for line in culprit.last)
     kind = _ERRORS.get(code, FederationError)
     return kind(f"{culprit.name} {ending}, all others were ended; its last lines ({culprit.log}):\n{lines}")
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to kill this process when the one that started it dies, whatever kills that one."""
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

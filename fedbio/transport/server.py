@@ -14,7 +14,7 @@ from typing import Self
 
 from fedbio.errors import PeerUnreachable, ProtocolError, RefusedError
 from fedbio.transport import drivers, handshake
-from fedbio.transport.credentials import Credentials
+from fedbio.transport.credentials import Identity
 from fedbio.transport.drivers import Connection, ConnectionClosed
 from fedbio.transport.endpoint import DEFAULTS, Endpoint, Presence
 from fedbio.transport.incoming import Agreed, Received, SinkFactory
@@ -44,7 +44,7 @@ class ServerEndpoint(Endpoint):
     ----------
     address : str
         ``host:port`` to listen on; port 0 takes a free one.
-    credentials : Credentials
+    credentials : Credentials or Unencrypted
         The server's own, with the authority whose sites are let in.
     name : str
         Its name in log lines.
@@ -76,7 +76,7 @@ class ServerEndpoint(Endpoint):
     def __init__(
         self,
         address: str,
-        credentials: Credentials,
+        credentials: Identity,
         *,
         spool: str | os.PathLike[str],
         on_message: Callable[[Received], None],

@@ -15,7 +15,7 @@ from typing import Self
 
 from fedbio.errors import FedbioError, PeerUnreachable, ProtocolError
 from fedbio.transport import drivers, handshake
-from fedbio.transport.credentials import Credentials
+from fedbio.transport.credentials import Identity
 from fedbio.transport.drivers import Connection, ConnectionClosed
 from fedbio.transport.endpoint import DEFAULTS, Endpoint, Presence
 from fedbio.transport.incoming import Agreed, Received, SinkFactory
@@ -38,7 +38,7 @@ class SiteEndpoint(Endpoint):
     ----------
     address : str
         The server's ``host:port``.
-    credentials : Credentials
+    credentials : Credentials or Unencrypted
         The site's own; its name is the certificate's.
     spool : path-like
         A folder for payloads that are too large for memory.
@@ -68,7 +68,7 @@ class SiteEndpoint(Endpoint):
     def __init__(
         self,
         address: str,
-        credentials: Credentials,
+        credentials: Identity,
         *,
         spool: str | os.PathLike[str],
         on_message: Callable[[Received], None],

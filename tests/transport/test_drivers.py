@@ -48,7 +48,7 @@ def example_is_installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     sys.modules.pop("fedbio_unix", None)
 
 
-@pytest.fixture(params=[f"{name}-{tls}" for name in NAMES for tls in ("tls", "plain")])
+@pytest.fixture(params=[*(f"{name}-{tls}" for name in NAMES for tls in ("tls", "plain")), "local-plain"])
 def way(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -60,7 +60,7 @@ def driver(way: str) -> Driver:
 
 @pytest.fixture
 def place(way: str, tmp_path: Path) -> str:
-    return str(tmp_path / "socket") if way.startswith("unix") else "127.0.0.1:0"
+    return str(tmp_path / "socket") if way.startswith(("unix", "local")) else "127.0.0.1:0"
 
 
 @pytest.fixture
@@ -246,5 +246,5 @@ def test_address_is_free_after_close(driver: Driver, ends: Ends, listener: Liste
 
 
 def test_unknown_driver_is_refused_with_all_that_exist() -> None:
-    with pytest.raises(SettingsError, match="expected one of grpc, tcp, http, memory, unix, found 'smoke-signals'"):
+    with pytest.raises(SettingsError, match="expected one of grpc, tcp, http, memory, local, unix, found 'smoke-signals'"):
         load("smoke-signals")

@@ -16,6 +16,7 @@ BUILT_IN = {
     "tcp": "fedbio.transport.drivers.tcp:TcpDriver",
     "http": "fedbio.transport.drivers.http:HttpDriver",
     "memory": "fedbio.transport.drivers.memory:MemoryDriver",
+    "local": "fedbio.transport.drivers.unix:UnixDriver",
 }
 
 GROUP = "fedbio.drivers"

@@ -140,12 +140,17 @@ def _buffers(frames: Sequence[Frame]) -> list[bytes | memoryview]:
 
 
 class _SocketListener(Listener):
-    def __init__(self, address: str, credentials: Identity, limits: Limits, greeting: type[Greeting]) -> None:
+    def __init__(
+        self,
+        take: Callable[[], tuple[list[socket.socket], str]],
+        credentials: Identity,
+        limits: Limits,
+        greeting: type[Greeting],
+    ) -> None:
         self._context: ssl.SSLContext | None = None
         if isinstance(credentials, Credentials):
             self._context = context(credentials, greeting.alpn, listening=True)
-        self._sockets, port = bind(address)
-        self.address = f"{address.rpartition(':')[0]}:{port}"
+        self._sockets, self.address = take()
         self._limits = limits
         self._greeting = greeting
         self._lock = threading.Lock()
@@ -260,7 +265,7 @@ class SocketDriver(Driver):
     greeting: type[Greeting]
 
     def listen(self, address: str, credentials: Identity, limits: Limits) -> Listener:
-        return _SocketListener(address, credentials, limits, self.greeting)
+        return _SocketListener(lambda: self._bind(address), credentials, limits, self.greeting)
 
     def dial(self, address: str, credentials: Identity, timeout_s: float) -> Connection:
         deadline = time.monotonic() + timeout_s
@@ -289,6 +294,10 @@ class SocketDriver(Driver):
         connection = _SocketConnection("", address, window)
         connection.start()
         return connection
+
+    def _bind(self, address: str) -> tuple[list[socket.socket], str]:
+        sockets, port = bind(address)
+        return sockets, f"{address.rpartition(':')[0]}:{port}"
 
     def _connect(self, address: str, credentials: Identity, deadline: float) -> socket.socket:
         return connect(*split(address), deadline)

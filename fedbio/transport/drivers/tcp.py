@@ -6,7 +6,7 @@ says it; the listening end answers ``welcome``, or the reason why not.
 
 from __future__ import annotations
 
-__all__ = ["TcpDriver"]
+__all__ = ["Line", "TcpDriver"]
 
 from fedbio.transport.drivers.base import ConnectionClosed
 from fedbio.transport.drivers.pipes import Window
@@ -15,7 +15,9 @@ from fedbio.transport.drivers.sockets import Greeting, SocketDriver
 LINE_BYTES = 256
 
 
-class _Line(Greeting):
+class Line(Greeting):
+    """One line each way."""
+
     alpn = "fedbio"
 
     def ask(self, window: Window, address: str, name: str) -> Window:
@@ -36,4 +38,4 @@ class _Line(Greeting):
 class TcpDriver(SocketDriver):
     """TCP: the fastest, for links on which nothing but a port stands between the two ends."""
 
-    greeting = _Line
+    greeting = Line
