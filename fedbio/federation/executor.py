@@ -129,6 +129,12 @@ class Executor(ABC):
     leaves: ClassVar[str]
     stage: ClassVar[str] = ""
 
+    def abandon(self, job: str) -> None:  # noqa: B027 - most executors have nothing that runs on its own
+        """Stop what is done for a job, if it can be stopped: the job was aborted, or has failed elsewhere.
+
+        Called on another thread, also while `execute` runs; what that returns then is thrown away.
+        """
+
     @abstractmethod
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
         """Do the task and return what shall go to the server, and nothing more.

@@ -34,7 +34,7 @@ class Held:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._part: tuple[Delivery, Payload] | None = None
+        self._parts: dict[str, tuple[Delivery, Payload]] = {}
         self._arrived: set[tuple[str, int]] = set()
         self._numbers = itertools.count()
         self._changed = threading.Condition()
@@ -58,8 +58,8 @@ class Held:
         return dict(open_file(path))
 
     def keep_part(self, delivery: Delivery, payload: Payload) -> None:
-        """Keep what this site puts into the exchange that a task was for; one at a time."""
-        self._part = (delivery, payload)
+        """Keep what this site puts into the exchange that a task was for; one of each job at a time."""
+        self._parts[_job(delivery.run)] = (delivery, payload)
 
     def part(self, exchange: Exchange) -> Payload:
         """Return what this site puts into an exchange: what it has trained for it, or a model that others lack.
@@ -69,7 +69,7 @@ class Held:
         FederationError
             If it has neither.
         """
-        kept, path = self._part, self._path(exchange.run, exchange.round)
+        kept, path = self._parts.get(_job(exchange.run)), self._path(exchange.run, exchange.round)
         if kept is not None and (kept[0].run, kept[0].round) == (exchange.run, exchange.round):
             return kept[1]
         if not path.exists():
@@ -89,7 +89,7 @@ class Held:
             os.replace(mean, self._path(exchange.run, exchange.round))
             self._arrived.discard((exchange.run, exchange.round))
             # what was trained for this round is in it
-            self._part = None
+            self._parts.pop(_job(exchange.run), None)
             self._changed.notify_all()
         wanted = {self._path(exchange.run, number).name for number in exchange.keep}
         for path in mean.parent.glob("round-*"):
@@ -98,7 +98,7 @@ class Held:
 
     def forget(self, job: str) -> None:
         """Remove the models of a job's runs: it has come to its end."""
-        self._part = None
+        self._parts.pop(job, None)
         shutil.rmtree(self._folder / _digest(job), ignore_errors=True)
 
     def _note_arrival(self, exchange: Exchange) -> None:
@@ -108,6 +108,10 @@ class Held:
     def _path(self, run: str, number: int) -> Path:
         job, _, rest = run.partition("/")
         return self._folder / _digest(job) / _digest(rest) / f"round-{number:05}.safetensors"
+
+
+def _job(run: str) -> str:
+    return run.partition("/")[0]
 
 
 def _digest(name: str) -> str:

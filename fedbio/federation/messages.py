@@ -34,7 +34,7 @@ __all__ = [
     "unpack",
 ]
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -101,9 +101,11 @@ class FileHeader(msgspec.Struct):
 
 
 class JobDone(msgspec.Struct):
-    """A job has come to its end."""
+    """A job has come to its end: it is done, or it has ``failed``, or was ``aborted``, and why."""
 
     job: str
+    state: Literal["done", "failed", "aborted"] = "done"
+    reason: str = ""
 
 
 class Abort(msgspec.Struct):

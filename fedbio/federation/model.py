@@ -131,6 +131,9 @@ class Task(msgspec.Struct, kw_only=True):
     """How the answer's parameters shall come."""
     answer_scheme: str | None = None
     """The quantization scheme in which the answer's parameters shall travel."""
+    workflow: str = ""
+    """The workflow of the job, and the rounds that it will have at most: what a site's policy may look at."""
+    rounds: int = 0
     feedback: str = ""
     """The run in which the site adds to its next answer what quantization took from its last one."""
 

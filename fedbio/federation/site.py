@@ -68,7 +68,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(slots=True)
 class _Answer:
-    """A result in its wire form, kept until the next task: the server may ask again after a break."""
+    """A result in its wire form, kept until the job's next task: the server may ask again after a break."""
 
     task: str
     body: bytes
@@ -147,7 +147,8 @@ class Site:
         self._taken: set[str] = set()
         self._over = False
         self._told_to_stop = False
-        self._answer: _Answer | None = None
+        self._answers: dict[str, _Answer] = {}
+        self._dropped: set[str] = set()
         self._packer = Packer()
         self._held = Held(self.workspace / "held")
         self._lockstep = LockstepSite(
@@ -246,6 +247,8 @@ class Site:
             return None
         # known at once, also in the middle of a task: the server does not wait for its answer any more
         self._told_to_stop |= received.topic in (messages.END, messages.ABORT)
+        if received.topic == messages.JOB_DONE and (done := unpack(JobDone, received.body)).state != "done":
+            self._drop(done)
         if received.topic != messages.TASK:
             return self._inbox.put(received)
         try:
@@ -273,19 +276,15 @@ class Site:
     def _handle(self, message: Task | Received) -> bool:
         """Deal with one message; return False if it was the last one."""
         if isinstance(message, Task):
-            self._do(message)
+            if message.job not in self._dropped:
+                self._do(message)
         elif message.topic == messages.WELCOME:
             welcome = unpack(Welcome, message.body)
             log.info("joined federation=%s as=%s jobs=%s", welcome.federation, self.kit.party, ",".join(welcome.jobs))
         elif message.topic == messages.FILE:
             self._keep_file(message)
         elif message.topic == messages.JOB_DONE:
-            job = unpack(JobDone, message.body).job
-            log.info("job done job=%s", job)
-            self._party.events.write("job done", job=job)
-            self._held.forget(job)
-            self._jobs_left.discard(job)
-            return not self.jobs or bool(self._jobs_left)
+            return self._end(unpack(JobDone, message.body))
         elif message.topic == messages.END:
             return False
         elif message.topic == messages.ABORT:
@@ -297,12 +296,29 @@ class Site:
             log.warning("unknown message skipped topic=%s", message.topic)
         return True
 
+    def _end(self, done: JobDone) -> bool:
+        """Forget a job; return False if there is none left for this site."""
+        log.info("job %s job=%s reason=%s", done.state, done.job, done.reason)
+        self._party.events.write(f"job {done.state}", job=done.job, **({"reason": done.reason} if done.reason else {}))
+        self._held.forget(done.job)
+        self._answers.pop(done.job, None)
+        if done.job in self._jobs_left and done.state != "done":
+            raise self._failure or FederationError(f"job {done.job} has {done.state}: {done.reason}")
+        self._jobs_left.discard(done.job)
+        return not self.jobs or bool(self._jobs_left)
+
+    def _drop(self, done: JobDone) -> None:
+        """Stop what is done or waits for a job that has come to an early end; called while a task may be done."""
+        self._dropped.add(done.job)
+        for executor in self.executors.values():
+            executor.abandon(done.job)
+
     def _do(self, task: Task) -> None:
-        if self._answer is not None and self._answer.task == task.id:
-            self._reply(self._answer)
-        else:
-            self._answer = self._answer_to(task)
-            self._reply(self._answer)
+        answer = self._answers.get(task.job)
+        if answer is None or answer.task != task.id:
+            answer = self._answers[task.job] = self._answer_to(task)
+        if task.job not in self._dropped:
+            self._reply(answer)
         with self._lock:
             self._taken.discard(task.id)
         if time.monotonic() - self._saved > SAVE_EVERY_S:
@@ -354,6 +370,9 @@ class Site:
         elif task.answer_scheme not in (None, *self.quantization):
             allowed = ", ".join(self.quantization) or "none"
             refusal = f"the policy of {self.kit.party} lets no model leave as {task.answer_scheme} (allowed: {allowed})"
+        # what the server says of the job, and what it has come to
+        elif problem := self.policy.problem(task.workflow, max(task.rounds, task.model.current_round)):
+            refusal = f"the policy of {self.kit.party}: it {problem}"
         if executor is None or refusal:
             log.warning("task refused task=%s reason=%s", task.name, refusal)
             self._party.events.write("task refused", task=task.name, reason=refusal)
