@@ -93,6 +93,9 @@ class JobsFile(Section):
     """Who is expected; null means every site that the federation has a kit for."""
     federation: FederationLimits = FederationLimits()
     transport: ServerTransport = ServerTransport()
+    tracking: Annotated[list[Literal["tensorboard", "mlflow", "wandb"]], AfterValidator(no_twins)] | None = None
+    """Where the server shows the metrics that sites send during their tasks (docs/tracking.md), beside its file
+    tracking.jsonl; null takes tensorboard if it is installed there."""
 
 
 class SitesSettings(Section):

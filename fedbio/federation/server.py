@@ -1,13 +1,14 @@
-"""The server's run time: listen, let sites join, run the jobs one after the other, and tell everyone the end."""
+"""The server's run time: listen, let sites join, run each job's controller, and tell everyone the end."""
 
 from __future__ import annotations
 
 __all__ = ["Server"]
 
+import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,10 +17,14 @@ import msgspec
 from fedbio import __version__
 from fedbio.errors import FedbioError, ProtocolError, TransportError
 from fedbio.federation import messages
+from fedbio.federation.admin import AdminDesk
+from fedbio.federation.admin_messages import SUBMIT, TOPICS
 from fedbio.federation.allocation import use_one_arena
 from fedbio.federation.controller import Controller, Runtime
 from fedbio.federation.desk import Desk
 from fedbio.federation.filters import Chain
+from fedbio.federation.job_desk import JobDesk
+from fedbio.federation.jobs import JobEntry, JobQueue, JobState
 from fedbio.federation.lockstep import Lockstep
 from fedbio.federation.messages import Abort, FileHeader, JobDone, Join, Welcome, pack, unpack
 from fedbio.federation.model import Parameters, Result, decode
@@ -27,9 +32,11 @@ from fedbio.federation.model_file import UpdateSink, in_file
 from fedbio.federation.party import Party
 from fedbio.federation.quantization import scheme_of
 from fedbio.federation.state import State
+from fedbio.federation.trackers import TrackerName, chosen
+from fedbio.federation.tracking import Tracking
 from fedbio.federation.transfers import Transfers
 from fedbio.federation.workflows import controller_for
-from fedbio.settings import ClassifyJob, Job, JobsFile, KitFile
+from fedbio.settings import ClassifyJob, JobsFile, KitFile
 from fedbio.transport import (
     Credentials,
     FilePayload,
@@ -41,6 +48,7 @@ from fedbio.transport import (
     ServerEndpoint,
     Sink,
 )
+from fedbio.transport.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -92,20 +100,23 @@ class Server:
         self._closed = False
         self._left: set[str] = set()
 
-    def run(self, *, more_jobs: Callable[[], JobsFile] | None = None) -> None:
+    def run(self, *, more_jobs: Callable[[], JobsFile | None] | None = None) -> None:
         """Run all jobs and tell the sites that there is nothing left to do.
 
         Parameters
         ----------
         more_jobs : callable, optional
-            Waits for further jobs and returns all of them, when those there were are done; without it the server ends.
+            Have the server go on serving: called twice a second, it returns all jobs of the jobs file when that has
+            changed, else None. Without it the server ends with its jobs.
 
         Raises
         ------
         FederationError
-            If a job cannot be completed; the sites are told why.
+            If a job cannot be completed, and the server does not go on serving; the sites are told why.
         """
         use_one_arena()
+        # what is not installed is said before anybody dials
+        trackers = chosen(self.jobs.tracking)
         with (
             Party.open(self.workspace, self.kit.party, "server") as party,
             Transfers() as transfers,
@@ -116,21 +127,22 @@ class Server:
                 on_message=self._on_message,
                 on_peer=self._on_peer,
                 name=self.kit.party,
-                sinks={messages.UPDATE: self._update_sink, messages.PART: self._part_sink},
+                sinks={messages.UPDATE: self._update_sink, messages.PART: self._part_sink, SUBMIT: self._submit_sink},
                 schemes=self._schemes,
                 on_progress=transfers,
                 limits=Limits(**self.jobs.transport.model_dump()),
                 heartbeat_s=self.jobs.federation.heartbeat_s,
                 driver=self.driver or self.kit.driver,
+                many=() if self.kit.admin is None else (self.kit.admin,),
             ) as endpoint,
         ):
             log.info("server listening on %s", endpoint.address)
-            self._begin(party, endpoint)
+            self._begin(party, endpoint, trackers)
             try:
-                self._run_jobs()
-                while more_jobs is not None:
-                    self._take(more_jobs())
-                    self._run_jobs()
+                self._queue.restore()
+                self._queue.offer(self.jobs, self.code)
+                self._tell_done()
+                self._queue.work(more=None if more_jobs is None else lambda: self._look_for_more(more_jobs))
                 self._say_goodbye()
                 party.finish(LIBRARIES)
             except FedbioError as error:
@@ -138,40 +150,66 @@ class Server:
                 party.events.write("aborted", reason=str(error))
                 raise
             finally:
+                self._queue.close()
                 self._closed = True
+                self._admin.close()
+                self._tracking.close()
                 self._desk.close()
                 self._state.close()
 
-    def _begin(self, party: Party, endpoint: ServerEndpoint) -> None:
+    def _begin(self, party: Party, endpoint: ServerEndpoint, trackers: Sequence[TrackerName]) -> None:
         self._party, self._endpoint = party, endpoint
         self._state = State(self.workspace)
         self._expected = tuple(self.jobs.sites or self.kit.sites)
         self._desk = Desk(self._expected, self._post_task, party.events, min_sites=self.jobs.federation.min_sites)
         self._lockstep = Lockstep(self._exchange)
-        self._done: set[str] = set()
+        self._couriers = Workers("tell", most=16)
+        self._queue = JobQueue(
+            self._state,
+            run=self._run_job,
+            interrupt=self._interrupt,
+            over=self._job_over,
+            at_once=self.jobs.federation.jobs_at_once,
+            folder=self.workspace / "jobs",
+        )
+        self._admin = AdminDesk(
+            self.kit.admin,
+            self._queue,
+            self._state,
+            events=party.events,
+            workspace=self.workspace,
+            sites=lambda job: self._desk.sites(job),
+            send=endpoint.send,
+        )
+        self._tracking = Tracking(
+            self.workspace,
+            trackers,
+            federation=self.kit.federation,
+            server=self.kit.party,
+            events=party.events,
+            sites=self._expected,
+            jobs=lambda: {job.name for job in self.jobs.jobs},
+        )
         party.record.settings = self.jobs.model_dump(mode="json")
         party.events.write("listening", address=endpoint.address)
         self._ready.set()
 
-    def _take(self, jobs: JobsFile) -> None:
+    def _look_for_more(self, more_jobs: Callable[[], JobsFile | None]) -> tuple[JobsFile, Path] | None:
+        jobs = more_jobs()
+        if jobs is None:
+            return None
         self.jobs = jobs
         self._party.record.settings = jobs.model_dump(mode="json")
+        return jobs, self.code
 
-    def _run_jobs(self) -> None:
-        for job in self.jobs.jobs:
-            if not self._state.begin(job.name, job.model_dump_json().encode()):
-                self._run_job(job)
-                self._state.finish(job.name)
-            if job.name not in self._done:
-                self._done.add(job.name)
-                self._tell_all(messages.JOB_DONE, JobDone(job.name))
-
-    def _run_job(self, job: Job) -> None:
-        started = time.monotonic()
-        self._desk.wait_for_sites(job.name, deadline_s=self.jobs.federation.join_deadline_s)
-        log.info("job begins job=%s sites=%s", job.name, ",".join(self._desk.sites(job.name)))
-        self._party.events.write("job begins", job=job.name, sites=list(self._desk.sites(job.name)))
-        self._controller(job).run()
+    def _run_job(self, entry: JobEntry) -> None:
+        job, started = entry.job, time.monotonic()
+        desk = JobDesk(self._desk, job, sites=entry.file.sites, min_sites=entry.file.federation.min_sites)
+        sites = desk.wait_for_sites(deadline_s=entry.file.federation.join_deadline_s)
+        log.info("job begins job=%s sites=%s", job.name, ",".join(sites))
+        self._party.events.write("job begins", job=job.name, sites=list(sites))
+        self._tracking.begin(job.name, job.model_dump_json())
+        self._controller(entry, desk).run()
         seconds = time.monotonic() - started
         record = self._party.record
         if isinstance(job, ClassifyJob):
@@ -180,32 +218,60 @@ class Server:
         else:
             record.seconds[job.workflow] = record.seconds.get(job.workflow, 0.0) + seconds
         self._party.save()
-        log.info("job done job=%s seconds=%.1f", job.name, seconds)
         self._party.events.write("job done", job=job.name, seconds=round(seconds, 3))
 
-    def _controller(self, job: Job) -> Controller:
+    def _controller(self, entry: JobEntry, desk: JobDesk) -> Controller:
+        def send_file(site: str, path: Path, header: FileHeader, kind: str) -> None:
+            desk.check()
+            self._send_file(site, path, header, kind)
+
         runtime = Runtime(
-            job=job.name,
-            desk=self._desk,
+            job=entry.name,
+            desk=desk,
             state=self._state,
-            events=self._party.events,
+            events=self._party.events.bound(job=entry.name),
             record=self._party.record,
             workspace=self.workspace,
-            code=self.code,
-            limits=self.jobs.federation,
-            send_file=self._send_file,
+            code=entry.code,
+            limits=entry.file.federation,
+            send_file=send_file,
             lockstep=self._lockstep,
             save_model=self.save_model,
             outgoing=self.outgoing,
             incoming=self.incoming,
         )
-        return controller_for(runtime, job)
+        return controller_for(runtime, entry.job)
+
+    def _interrupt(self, job: str, error: FedbioError) -> None:
+        self._desk.interrupt(job, error)
+        self._lockstep.interrupt(job, str(error))
+
+    def _job_over(self, job: str, state: JobState, reason: str) -> None:
+        """Tell the sites how a job has ended; those that are away hear it when they are back."""
+        if state is not JobState.DONE:
+            self._party.events.write(f"job {state}", job=job, reason=reason)
+        if state is JobState.FAILED and not self._queue.serving:
+            return  # the server ends with it, and says so
+        message = JobDone(job, state.value, reason)
+        here = self._desk.sites()
+        for site in self._desk.expected:
+            if site in here:
+                self._tell(site, messages.JOB_DONE, message)
+            elif state is not JobState.DONE:
+                away = functools.partial(self._tell, site, messages.JOB_DONE, message, self.jobs.transport.resume_s)
+                self._couriers.submit(away)
+
+    def _tell_done(self) -> None:
+        """Tell the sites that are here which jobs were done before this process began."""
+        for job in self.jobs.jobs:
+            if self._state.state_of(job.name) == JobState.DONE:
+                self._tell_all(messages.JOB_DONE, JobDone(job.name))
 
     # what comes
 
     def _on_peer(self, site: str, presence: Presence) -> None:
         self._ready.wait()
-        if self._closed:
+        if self._closed or self._admin.is_admin(site):
             return
         if presence is Presence.LOST:
             self._desk.lost(site)
@@ -220,6 +286,8 @@ class Server:
         if self._closed:
             return
         site = received.peer
+        if received.topic in TOPICS or self._admin.is_admin(site):
+            return self._admin.take(received)
         try:
             if received.topic == messages.RESULT:
                 tensors = {} if received.payload is None else received.payload.tensors()
@@ -231,6 +299,8 @@ class Server:
                 self._desk.answered(msgspec.structs.replace(result, site=site, model=model))
             elif received.topic == messages.PART:
                 self._lockstep.take(received)
+            elif received.topic == messages.METRIC:
+                self._tracking.take(site, received.body)
             elif received.topic == messages.JOIN:
                 self._on_join(site, unpack(Join, received.body))
             elif received.topic == messages.BYE:
@@ -269,12 +339,16 @@ class Server:
             schemes=self._schemes(opening),
         )
 
+    def _submit_sink(self, opening: Opening) -> Sink:
+        self._ready.wait()
+        return self._admin.sink(opening)
+
     def _part_sink(self, opening: Opening) -> Sink:
         self._ready.wait()
         return self._lockstep.sink(opening)
 
     def _on_join(self, site: str, join: Join) -> None:
-        names = [job.name for job in self.jobs.jobs]
+        names = list(dict.fromkeys([*(job.name for job in self.jobs.jobs), *(row.name for row in self._state.jobs())]))
         unknown = sorted(set(join.jobs) - set(names))
         reason = ""
         if join.protocol != messages.PROTOCOL:
@@ -293,8 +367,10 @@ class Server:
         self._desk.joined(site, join)
         if self._over:
             return self._tell(site, messages.END)
-        for name in self._done.intersection(join.jobs):
-            self._tell(site, messages.JOB_DONE, JobDone(name))
+        for row in self._state.jobs():
+            if row.name in join.jobs and JobState(row.state).is_over:
+                done = msgspec.convert({"job": row.name, "state": row.state, "reason": row.reason}, JobDone)
+                self._tell(site, messages.JOB_DONE, done)
         return None
 
     # what goes
@@ -314,11 +390,13 @@ class Server:
         self._party.ledger.add(kind, payload.size or 0, to=site)
         self._endpoint.send(site, messages.FILE, pack(header), payload, self.jobs.federation.round_deadline_s)
 
-    def _tell(self, site: str, topic: str, message: msgspec.Struct | None = None) -> None:
+    def _tell(
+        self, site: str, topic: str, message: msgspec.Struct | None = None, timeout_s: float = GOODBYE_S
+    ) -> None:
         body = b"" if message is None else pack(message)
         self._party.ledger.add("control", len(body), to=site)
         try:
-            self._endpoint.send(site, topic, body, None, GOODBYE_S)
+            self._endpoint.send(site, topic, body, None, timeout_s)
         except TransportError as error:
             log.info("not told site=%s topic=%s reason=%s", site, topic, error)
 
@@ -332,7 +410,7 @@ class Server:
         deadline = time.monotonic() + GOODBYE_S
         known = set(self._state.known_sites())
         # a site says goodbye and hangs up; to hang up first would look like a break to it
-        while (known - self._left or self._endpoint.peers()) and time.monotonic() < deadline:
+        while (known - self._left or self._admin.sites_among(self._endpoint.peers())) and time.monotonic() < deadline:
             time.sleep(0.02)
         if missing := sorted(known - self._left):
             log.warning("sites did not say goodbye sites=%s", ",".join(missing))
