@@ -224,6 +224,10 @@ class FedAvgJob(ScriptJob):
     """Weight of FedProx's proximal term, which the script adds to its loss."""
     scaffold: bool = False
     """Exchange SCAFFOLD's control variates, with which the script corrects its gradients."""
+    aggregation: Literal["memory", "file"] = "memory"
+    """Where models are averaged: in the server's memory, or, for large ones, in its files."""
+    quantization: QuantizationSetting = Quantization()
+    """In which scheme the models of rounds travel: one for both ways, or keys for each; null sends them exact."""
     exclude: list[str] = []
     """Patterns of the names of parameters that stay at each site (FedBN: "*.bn*")."""
     norm_bound: Annotated[float, Field(gt=1)] | None = None
@@ -231,6 +235,19 @@ class FedAvgJob(ScriptJob):
     selection: ModelSelection = ModelSelection()
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many rounds without a better model; null never does."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_across(self) -> FedAvgJob:
+        if self.aggregation == "file":
+            check_aggregation(self.aggregation, self.quantization)
+            plain = FedAvgJob(workflow="fedavg", client=self.client)
+            needs_memory = ("weighted", "aggregate", "optimizer", "scaffold", "norm_bound", "exclude")
+            changed = [key for key in needs_memory if getattr(self, key) != getattr(plain, key)]
+            if changed:
+                raise ValueError(f"{', '.join(changed)}: needs aggregation: memory, where the server holds the models")
+            if self.model is None:
+                raise ValueError("aggregation file needs model: a safetensors file beside the job file to begin with")
+        return self
 
 
 class CyclicJob(ScriptJob):

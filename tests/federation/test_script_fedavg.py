@@ -16,7 +16,7 @@ from fedbio.federation import Executor, FLModel, ParamsType, SiteContext, Task
 from fedbio.federation.model import WEIGHT
 from fedbio.federation.workflows.script import DEPLOY, END, EVALUATE, EXAMPLES, INIT, TRAIN
 from fedbio.settings import JobsFile
-from fedbio.tensors import open_file
+from fedbio.tensors import open_file, write_file
 
 SITES = ("site-1", "site-2", "site-3")
 EXAMPLES_OF = {"site-1": 10, "site-2": 20, "site-3": 30}
@@ -319,3 +319,24 @@ def test_model_without_a_beginning_is_said_clearly(runs: Runs) -> None:
         runs.federation.start(runs.federation.site(name, runs.executors[name]))
     with pytest.raises(Exception, match="no initial model"):
         server.result(60)
+
+
+@pytest.mark.parametrize("quantization", [None, {"to_server": "float16"}])
+def test_files_give_the_bits_of_memory(runs: Runs, tmp_path: Path, quantization: Any) -> None:
+    write_file(runs.code / "begin.safetensors", initial())
+    options = {"model": "begin.safetensors", "client": {"script": "train.py"}, "quantization": quantization}
+    expected = runs.run(**options)
+    for name in ("server", *SITES):
+        (runs.federation.folder / name).rename(tmp_path / f"memory-{name}")
+    runs.executors = {site: executors() for site in SITES}
+    found = runs.run(aggregation="file", **options)
+    assert {name: value.tobytes() for name, value in found.items()} == {n: v.tobytes() for n, v in expected.items()}
+    if quantization is None:
+        assert_same(found, reference(4, mean([10, 20, 30])))
+
+
+def test_file_mode_says_what_needs_memory(runs: Runs) -> None:
+    with pytest.raises(ValueError, match="optimizer: needs aggregation: memory"):
+        runs.jobs(aggregation="file", model="m.safetensors", optimizer={"name": "adam"})
+    with pytest.raises(ValueError, match="needs model"):
+        runs.jobs(aggregation="file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["ScriptFedAvg"]
 
+import dataclasses
 import fnmatch
 import functools
 import json
@@ -71,6 +72,8 @@ class ScriptFedAvg(FedAvg):
             training={},
             validation={},
             meta={},
+            quantization=job.quantization,
+            aggregation=job.aggregation,
             selection=job.selection,
             on_round=self.note_round,
         )
@@ -80,6 +83,8 @@ class ScriptFedAvg(FedAvg):
         self.combine = combination(job)
         self.optimization = ServerOptimization(job.optimizer) if job.optimizer else None
         self.folder = runtime.workspace / "models" / runtime.job
+        if job.aggregation == "file":
+            self.params_type = ParamsType.FULL
         self.beside = Beside(self.folder)
 
     def run(self) -> Outcome:
@@ -110,12 +115,21 @@ class ScriptFedAvg(FedAvg):
             self.beside.parts[CONTROL_VARIATE] = initial_control(kept)
         return msgspec.structs.replace(result, model=FLModel(params=kept))
 
+    def begin_in_file(self) -> FLModel:
+        """Take the job's model over as the model of round 0, without holding it in memory."""
+        assert self.settings.model is not None  # the settings see to it
+        with whole_file(self.state.model_path(self.job, RUN, 0)) as beside:
+            shutil.copyfile(self.runtime.code / self.settings.model, beside)
+        return self.model(self.models.load(0), 0)
+
     def stays(self, name: str) -> bool:
         """Whether a parameter stays at each site."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.settings.exclude)
 
     def load(self) -> FLModel:
         """Return the model that was saved last, or a new one, and take up what was kept beside it."""
+        if self.settings.aggregation == "file" and self.state.progress(self.job, RUN) is None:
+            self.save(self.begin_in_file())
         model = super().load()
         self.beside.load(model.current_round)
         return self.model(model, model.current_round)
@@ -138,6 +152,7 @@ class ScriptFedAvg(FedAvg):
             COUNTED: counted,
         }
         self.shared = with_control({}, self.beside.parts.get(CONTROL_VARIATE, {}))
+        self.travel = dataclasses.replace(self.travel, exact=frozenset(self.shared))
         return super().model(model, number)
 
     def choose(self, model: FLModel) -> list[str]:
@@ -154,6 +169,8 @@ class ScriptFedAvg(FedAvg):
 
     def aggregate(self, model: FLModel, results: Sequence[Result]) -> FLModel:
         """Return the next model."""
+        if self.settings.aggregation == "file":
+            return super().aggregate(model, results)
         counting = [each for each in results if each.model.weight > 0]
         updates = self.sound(model, [self.as_update(model, each) for each in counting])
         if not updates:
