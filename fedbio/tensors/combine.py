@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MEAN_DTYPE", "BlockMean", "mean_manifest", "shares", "weighted_mean"]
+__all__ = ["MEAN_DTYPE", "BlockMean", "aligned", "mean_manifest", "shares", "weighted_mean"]
 
 import math
 from collections.abc import Mapping, Sequence
@@ -79,6 +79,30 @@ class BlockMean:
                 block[:] = total
 
 
+def aligned(models: Sequence[tuple[str, Tensors, float]]) -> list[tuple[str, Tensors, float]]:
+    """Return models sorted by name, all of which have the same tensors.
+
+    Raises
+    ------
+    ProtocolError
+        If a model's names or shapes differ from the first one's.
+    """
+    if not models:
+        raise ValueError("there is no model to average")
+    ordered = sorted(models, key=lambda model: model[0])
+    if len({name for name, _, _ in ordered}) < len(ordered):
+        raise ValueError("two models have one name")
+    _, first, _ = ordered[0]
+    for name, tensors, _ in ordered[1:]:
+        for key in sorted(first.keys() ^ tensors.keys()):
+            raise ProtocolError(f"{name}: tensor {key!r} is not in every model")
+        for key, tensor in tensors.items():
+            if tensor.shape != first[key].shape:
+                found, wanted = list(tensor.shape), list(first[key].shape)
+                raise ProtocolError(f"{name}: tensor {key!r}: shape {found}, expected {wanted}")
+    return ordered
+
+
 def weighted_mean(models: Sequence[tuple[str, Tensors, float]]) -> dict[str, np.ndarray[Any, Any]]:
     """Average models tensor by tensor: the same bits whatever the order in which they arrived.
 
@@ -97,23 +121,11 @@ def weighted_mean(models: Sequence[tuple[str, Tensors, float]]) -> dict[str, np.
     ProtocolError
         If a model's names or shapes differ from the first one's, or a weight cannot be used.
     """
-    if not models:
-        raise ValueError("there is no model to average")
-    parts = shares({name: weight for name, _, weight in models})
-    if len(parts) < len(models):
-        raise ValueError("two models have one name")
-    ordered = sorted(models, key=lambda model: model[0])
-    _, first, _ = ordered[0]
-    for name, tensors, _ in ordered[1:]:
-        for key in sorted(first.keys() ^ tensors.keys()):
-            raise ProtocolError(f"{name}: tensor {key!r} is not in every model")
-        for key, tensor in tensors.items():
-            if tensor.shape != first[key].shape:
-                found, wanted = list(tensor.shape), list(first[key].shape)
-                raise ProtocolError(f"{name}: tensor {key!r}: shape {found}, expected {wanted}")
+    ordered = aligned(models)
+    parts = shares({name: weight for name, _, weight in ordered})
     average = BlockMean(list(parts.values()))
     mean = {}
-    for key, reference in first.items():
+    for key, reference in ordered[0][1].items():
         mean[key] = np.empty(reference.shape, MEAN_DTYPE)
         average([tensors[key].reshape(-1) for _, tensors, _ in ordered], mean[key].reshape(-1))
     return mean
