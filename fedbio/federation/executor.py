@@ -129,6 +129,11 @@ class Executor(ABC):
     leaves: ClassVar[str]
     stage: ClassVar[str] = ""
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether a new one could do the site's next task as well: all that this one keeps can be had again."""
+        return True
+
     def abandon(self, job: str) -> None:  # noqa: B027 - most executors have nothing that runs on its own
         """Stop what is done for a job, if it can be stopped: the job was aborted, or has failed elsewhere.
 

@@ -52,6 +52,11 @@ class Packer:
         self._run: tuple[str, str] = ("", "")
         self._feedback = ErrorFeedback("")
 
+    @property
+    def keeps(self) -> bool:
+        """Whether something that quantization took waits for the next model."""
+        return bool(self._run[0])
+
     def pack(
         self,
         tensors: Parameters,

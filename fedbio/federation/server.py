@@ -25,6 +25,7 @@ from fedbio.federation.desk import Desk
 from fedbio.federation.filters import Chain
 from fedbio.federation.job_desk import JobDesk
 from fedbio.federation.jobs import JobEntry, JobQueue, JobState
+from fedbio.federation.links import ServerLink
 from fedbio.federation.lockstep import Lockstep
 from fedbio.federation.messages import Abort, FileHeader, JobDone, Join, Welcome, pack, unpack
 from fedbio.federation.model import Parameters, Result, decode
@@ -80,6 +81,8 @@ class Server:
         Filters on what leaves and arrives.
     driver : str, optional
         What moves frames; by default what the kit says.
+    endpoint : callable
+        What reaches the sites; called as `ServerEndpoint` is.
     """
 
     kit: KitFile
@@ -92,6 +95,7 @@ class Server:
     outgoing: Chain = field(default_factory=Chain)
     incoming: Chain = field(default_factory=Chain)
     driver: str | None = None
+    endpoint: Callable[..., ServerLink] = ServerEndpoint
 
     def __post_init__(self) -> None:
         # a site's messages may come before all is set up; they wait for it
@@ -120,7 +124,7 @@ class Server:
         with (
             Party.open(self.workspace, self.kit.party, "server") as party,
             Transfers() as transfers,
-            ServerEndpoint(
+            self.endpoint(
                 self.listen,
                 self.credentials,
                 spool=self.workspace / "spool",
@@ -157,7 +161,13 @@ class Server:
                 self._desk.close()
                 self._state.close()
 
-    def _begin(self, party: Party, endpoint: ServerEndpoint, trackers: Sequence[TrackerName]) -> None:
+    def give_up(self, error: FedbioError) -> None:
+        """Have all jobs end with an error; from any thread."""
+        self._ready.wait()
+        for job in self.jobs.jobs:
+            self._interrupt(job.name, error)
+
+    def _begin(self, party: Party, endpoint: ServerLink, trackers: Sequence[TrackerName]) -> None:
         self._party, self._endpoint = party, endpoint
         self._state = State(self.workspace)
         self._expected = tuple(self.jobs.sites or self.kit.sites)

@@ -30,6 +30,7 @@ from fedbio.federation.executor import Executor, SiteContext
 from fedbio.federation.filters import Chain
 from fedbio.federation.held import Held
 from fedbio.federation.identity import SiteIdentity
+from fedbio.federation.links import SiteLink
 from fedbio.federation.lockstep_site import LockstepSite
 from fedbio.federation.messages import Abort, FileHeader, JobDone, Join, Welcome, pack, unpack
 from fedbio.federation.model import FLModel, Result, Status, Task, decode, encode
@@ -176,8 +177,8 @@ class Site:
                 self.server or self.kit.server,
                 self.credentials,
                 spool=self.workspace / "spool",
-                on_message=self._on_message,
-                on_connection=self._on_connection,
+                on_message=self.hear,
+                on_connection=self.greet,
                 sinks={messages.MEAN: self._lockstep.sink},
                 schemes=lambda opening: self.quantization,
                 on_progress=transfers,
@@ -189,18 +190,20 @@ class Site:
             if self.prepare is not None:
                 self.prepare()
             with endpoint:
-                self._begin(party, endpoint)
+                self.begin(party, endpoint)
                 try:
                     while self._handle(self._next()):
                         pass
-                    self._reporter.close()
-                    self._say_goodbye()
+                    self.leave()
                 finally:
                     self._over = True
             party.finish(LIBRARIES)
         log.info("done, everything this site keeps is in %s", self.workspace)
 
-    def _begin(self, party: Party, endpoint: SiteEndpoint) -> None:
+    # what `run` does, one by one, for who brings the messages of several sites itself
+
+    def begin(self, party: Party, endpoint: SiteLink) -> None:
+        """Begin, or go on: `greet` and `hear` wait for this."""
         self._party, self._endpoint = party, endpoint
         self._jobs_left = set(self.jobs)
         self._context = SiteContext(
@@ -222,9 +225,40 @@ class Site:
         )
         self._ready.set()
 
+    def attend(self) -> bool:
+        """Deal with all that was heard and return; False if it was the last there will be.
+
+        Raises
+        ------
+        FederationError, or the error of this site's own task
+            If the server has given up.
+        """
+        while not self._inbox.empty():
+            if not self._handle(self._inbox.get()):
+                return False
+        return True
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether another object could go on in this one's workspace, and nothing would be lost."""
+        resting = all(executor.at_rest for executor in self.executors.values())
+        return resting and self._inbox.empty() and not self._dropped and not self._packer.keeps
+
+    @property
+    def failure(self) -> FedbioError | None:
+        """What this site's own task failed with last."""
+        return self._failure
+
+    def leave(self) -> None:
+        """Say goodbye."""
+        self._reporter.close()
+        self._say_goodbye()
+        self._over = True
+
     # on the transport's threads
 
-    def _on_connection(self, presence: Presence) -> None:
+    def greet(self, presence: Presence) -> None:
+        """Take note of what has become of the server; to one that was not here before, this site presents itself."""
         self._ready.wait()
         if self._over:
             return
@@ -237,7 +271,8 @@ class Site:
                 # a new process of the server is announced as well
                 log.info("not joined: %s", error)
 
-    def _on_message(self, received: Received) -> None:
+    def hear(self, received: Received) -> None:
+        """Take a message from any thread, and leave it to the main one; what cannot wait is done here."""
         self._ready.wait()
         if self._over:
             return None
