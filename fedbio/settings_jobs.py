@@ -6,6 +6,7 @@ __all__ = [
     "Aggregation",
     "ClassifyJob",
     "ClientSettings",
+    "CustomJob",
     "CyclicJob",
     "EmbedJob",
     "EncoderSettings",
@@ -22,8 +23,9 @@ __all__ = [
     "check_aggregation",
 ]
 
+import itertools
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import AfterValidator, Field
@@ -288,6 +290,27 @@ class SwarmJob(ScriptJob):
     selection: ModelSelection = ModelSelection()
 
 
+def _ascending(values: list[int]) -> list[int]:
+    if values[0] < 1 or any(low >= high for low, high in itertools.pairwise(values)):
+        raise ValueError("expected numbers of residues that ascend from 1 or more")
+    return values
+
+
+class CustomJob(Section):
+    """A controller of your own, from a Python file beside the job file; it runs in the server's process."""
+
+    name: PartyName = "custom"
+    workflow: Literal["custom"]
+    controller: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.py:[A-Za-z_]\w*$")]
+    """FILE.py:CLASS, a `fedbio.federation.Controller`."""
+    client: ClientSettings | None = None
+    """The script that runs at the sites, if there is one."""
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """How often the controller will ask the sites to train: what their policies look at."""
+    settings: dict[str, Any] = {}
+    """Whatever the controller wants to know: `self.settings`."""
+
+
 class StatisticsJob(Section):
     """Counts and histograms of all sites' proteins together."""
 
@@ -295,13 +318,32 @@ class StatisticsJob(Section):
     workflow: Literal["statistics"]
     classes: Annotated[list[str], Field(min_length=2), AfterValidator(no_twins)] = list(COMPARTMENTS)
     """Labels that are counted."""
-    length_bins: Annotated[list[int], Field(min_length=1)] = [50, 100, 200, 300, 400, 500, 750, 1000, 2000, 5000]
+    length_bins: Annotated[list[int], Field(min_length=1), AfterValidator(_ascending)] = [
+        50,
+        100,
+        200,
+        300,
+        400,
+        500,
+        750,
+        1000,
+        2000,
+        5000,
+    ]
     """Upper ends of the bins of the histogram of lengths, in residues; one more bin takes what is longer."""
     min_count: Annotated[int, Field(ge=1)] = 5
     """A count below it does not leave a site."""
 
 
 Job = Annotated[
-    EmbedJob | ClassifyJob | ProjectionJob | FedAvgJob | CyclicJob | EvaluationJob | SwarmJob | StatisticsJob,
+    EmbedJob
+    | ClassifyJob
+    | ProjectionJob
+    | FedAvgJob
+    | CyclicJob
+    | EvaluationJob
+    | SwarmJob
+    | StatisticsJob
+    | CustomJob,
     Field(discriminator="workflow"),
 ]

@@ -13,6 +13,7 @@ __all__ = [
     "ParamsType",
     "Result",
     "Runtime",
+    "ScriptController",
     "Server",
     "Site",
     "SiteContext",
@@ -26,3 +27,4 @@ from fedbio.federation.filters import Chain, ClipNorm, ExcludeParameters, Filter
 from fedbio.federation.model import FLModel, ParamsType, Result, Status, Task
 from fedbio.federation.server import Server
 from fedbio.federation.site import Site
+from fedbio.federation.workflows.custom import ScriptController

@@ -20,8 +20,9 @@ _CONTROLLERS = {
     "evaluation": ("evaluation", "CrossSiteEvaluation"),
     "swarm": ("swarm", "Swarm"),
     "statistics": ("statistics", "Statistics"),
+    "custom": ("custom", "load"),
 }
-"""By the name of the workflow: the module in this package, and its class."""
+"""By the name of the workflow: the module in this package, and its class, or what finds it."""
 
 
 def controller_for(runtime: Runtime, job: Job) -> Controller:

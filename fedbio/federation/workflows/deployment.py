@@ -14,7 +14,7 @@ from fedbio.federation.model import FLModel
 from fedbio.federation.workflows.script import DEPLOY, END, EXAMPLES, ClientSpec, CodeFile
 from fedbio.federation.workflows.study import meta
 from fedbio.files import sha256_file
-from fedbio.settings_jobs import ScriptJob
+from fedbio.settings_jobs import CustomJob, ScriptJob
 
 CODE = "code"
 """What a script is in the ledger of what the server sends."""
@@ -30,7 +30,8 @@ class Deployment:
     ----------
     controller : Controller
         Of the job.
-    job : ScriptJob
+    job : ScriptJob or CustomJob
+        With a script.
     rounds : int
         How often the script will be asked to train.
 
@@ -40,9 +41,10 @@ class Deployment:
         How many examples each site has registered, once and for the whole job: the most weight that it may claim.
     """
 
-    def __init__(self, controller: Controller, job: ScriptJob, rounds: int) -> None:
+    def __init__(self, controller: Controller, job: ScriptJob | CustomJob, rounds: int) -> None:
         self.controller, self.runtime = controller, controller.runtime
         client = job.client
+        assert client is not None
         self.paths = {name: self.runtime.code / name for name in (client.script, *client.files)}
         if missing := sorted(str(path) for path in self.paths.values() if not path.is_file()):
             raise SettingsError(f"job {controller.job}: {', '.join(missing)}: not found; put it beside the job file")
