@@ -140,6 +140,9 @@ class Executor(ABC):
         Called on another thread, also while `execute` runs; what that returns then is thrown away.
         """
 
+    def close(self) -> None:  # noqa: B027 - as above
+        """Stop what runs on its own: the site ends. Called on any thread, also while `execute` runs, and twice."""
+
     @abstractmethod
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
         """Do the task and return what shall go to the server, and nothing more.

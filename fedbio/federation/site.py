@@ -197,6 +197,7 @@ class Site:
                     self.leave()
                 finally:
                     self._over = True
+                    self._close_executors()
             party.finish(LIBRARIES)
         log.info("done, everything this site keeps is in %s", self.workspace)
 
@@ -281,7 +282,10 @@ class Site:
             self._lockstep.take(received)
             return None
         # known at once, also in the middle of a task: the server does not wait for its answer any more
-        self._told_to_stop |= received.topic in (messages.END, messages.ABORT)
+        if received.topic in (messages.END, messages.ABORT):
+            self._told_to_stop = True
+            # it may take a while, and the task that is done meanwhile shall not
+            threading.Thread(target=self._close_executors, name="close-executors", daemon=True).start()
         if received.topic == messages.JOB_DONE and (done := unpack(JobDone, received.body)).state != "done":
             self._drop(done)
         if received.topic != messages.TASK:
@@ -341,6 +345,10 @@ class Site:
             raise self._failure or FederationError(f"job {done.job} has {done.state}: {done.reason}")
         self._jobs_left.discard(done.job)
         return not self.jobs or bool(self._jobs_left)
+
+    def _close_executors(self) -> None:
+        for executor in self.executors.values():
+            executor.close()
 
     def _drop(self, done: JobDone) -> None:
         """Stop what is done or waits for a job that has come to an early end; called while a task may be done."""

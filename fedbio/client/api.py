@@ -1,0 +1,231 @@
+"""The functions of the Client API: what a training script calls to take part in a federation.
+
+Five lines make a script federated::
+
+    import fedbio.client as flare
+
+    flare.init()
+    while flare.is_running():
+        model = flare.receive()
+        ...  # load model.params, train
+        flare.send(flare.FLModel(params=..., metrics={"accuracy": ...}))
+
+Names and meanings are those of NVIDIA FLARE's Client API.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "evaluate",
+    "get_job_id",
+    "get_site_name",
+    "get_task_name",
+    "init",
+    "is_evaluate",
+    "is_running",
+    "is_submit_model",
+    "is_train",
+    "log",
+    "receive",
+    "send",
+    "shutdown",
+    "system_info",
+    "train",
+]
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from fedbio.client.model import FLModel
+from fedbio.client.session import Session, current, enter
+
+Function = Callable[..., Any]
+
+
+def init(rank: int | str | None = None) -> None:
+    """Connect to the site that has started this script; to be called first, and once.
+
+    Parameters
+    ----------
+    rank : int or str, optional
+        Of this process among those that train together; by default that of torchrun. Only rank 0 talks to the site.
+
+    Raises
+    ------
+    SettingsError
+        If no site has started this script.
+    """
+    enter(rank)
+
+
+def receive(timeout: float | None = None) -> FLModel | None:
+    """Wait for the next model; until it is answered, the same one is returned again.
+
+    With several ranks every one of them has to call this, and all get the model of the first.
+
+    Parameters
+    ----------
+    timeout : float, optional
+        Seconds to wait at most.
+
+    Returns
+    -------
+    FLModel or None
+        None if none came in time, or none will come any more.
+    """
+    return current().receive(timeout)
+
+
+def send(model: FLModel, clear_cache: bool = True) -> None:
+    """Answer the model that was received last, and wait until the site has the answer; on other ranks do nothing.
+
+    Parameters
+    ----------
+    model : FLModel
+        New parameters, metrics, or both.
+    clear_cache : bool
+        Let go of the parameters in `model`, which take memory and are not needed any more.
+
+    Raises
+    ------
+    RuntimeError
+        If there is nothing to answer, or the model is empty.
+    TypeError
+        If something in it cannot travel; with its name.
+    FederationError
+        If the site does not take the answer, or is gone.
+    """
+    current().send(model, clear_cache)
+
+
+def is_running() -> bool:
+    """Wait until there is a model to work on, or there will be none any more; return whether there is one."""
+    return current().receive(None) is not None
+
+
+def system_info() -> dict[str, Any]:
+    """Return what the site tells of itself and the job.
+
+    Returns
+    -------
+    dict
+        ``site_name``, ``job_id``, ``data`` (path of the site's proteins), ``workspace`` (a folder for the script's own
+        files, which stays), ``device``, ``rounds``, ``workflow``, and, or None, ``labels``, ``embeddings``, ``threads``.
+    """
+    return dict(current().about)
+
+
+def get_site_name() -> str:
+    """Return the name of the site."""
+    return str(current().about["site_name"])
+
+
+def get_job_id() -> str:
+    """Return the name of the job."""
+    return str(current().about["job_id"])
+
+
+def get_task_name() -> str:
+    """Return what shall be done with the model that was received: ``"train"``, ``"evaluate"``, ``"submit_model"``."""
+    return _session_with_task().task
+
+
+def is_train() -> bool:
+    """Whether the model that was received shall be trained."""
+    return get_task_name() == "train"
+
+
+def is_evaluate() -> bool:
+    """Whether the model that was received shall only be evaluated: an answer has metrics."""
+    return get_task_name() == "evaluate"
+
+
+def is_submit_model() -> bool:
+    """Whether the site's own best model is asked for: an answer has its parameters."""
+    return get_task_name() == "submit_model"
+
+
+def log(key: str, value: Any, data_type: Any = None, **kwargs: Any) -> None:
+    """Show a metric at the server while the script goes on.
+
+    Parameters
+    ----------
+    key : str
+        Its name, such as ``"train_loss"``.
+    value : float, str or dict of str to float
+    data_type : str or enum, optional
+        ``"SCALAR"`` (the default), ``"SCALARS"``, ``"TEXT"``, ...
+    **kwargs
+        ``global_step`` or ``step``: where on the curve it stands.
+    """
+    step = kwargs.get("global_step", kwargs.get("step"))
+    current().log(key, value, data_type, step)
+
+
+def shutdown() -> None:
+    """End the connection to the site."""
+    current().close()
+
+
+def train(function: Function | None = None, **_: Any) -> Function:
+    """Decorate a function that trains: it gets the received model as its first argument, what it returns is sent.
+
+    Metrics that a function under `evaluate` has returned for the same model go with it.
+    """
+    if function is None:
+        return train
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        answer = _call(function, args, kwargs)
+        if not isinstance(answer, FLModel):
+            raise TypeError(f"{function.__name__} returned {type(answer).__name__}; @train needs an FLModel")
+        session = current()
+        if session.measured is not None:
+            answer.metrics, session.measured = session.measured, None
+        send(answer)
+        return answer
+
+    return wrapper
+
+
+def evaluate(function: Function | None = None, **_: Any) -> Function:
+    """Decorate a function that evaluates: it gets the received model first, and returns metrics by name.
+
+    They are sent at once if the task is to evaluate, else with what the function under `train` returns.
+    """
+    if function is None:
+        return evaluate
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        metrics = _call(function, args, kwargs)
+        if not isinstance(metrics, dict):
+            raise TypeError(f"{function.__name__} returned {type(metrics).__name__}; @evaluate needs a dict of metrics")
+        if is_train():
+            current().measured = metrics
+        else:
+            send(FLModel(metrics=metrics))
+        return metrics
+
+    return wrapper
+
+
+def _call(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function with the received model in the place of its first argument."""
+    model = receive()
+    if model is None:
+        raise RuntimeError("there is no model any more; call is_running() before the function")
+    bound = inspect.signature(function).bind_partial(*args, **kwargs)
+    first = next(iter(bound.signature.parameters))
+    bound.arguments[first] = model
+    return function(*bound.args, **bound.kwargs)
+
+
+def _session_with_task() -> Session:
+    session = current()
+    if not session.task:
+        raise RuntimeError("no model has come yet; call receive() or is_running() first")
+    return session

@@ -1,0 +1,87 @@
+"""Make one task known to all processes that train together, as tensors over their own collectives."""
+
+from __future__ import annotations
+
+__all__ = ["share"]
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from fedbio.client.session import current
+from fedbio.errors import FederationError
+from fedbio.federation.model import Task, decode, encode
+from fedbio.tensors import encoded_size, parse
+from fedbio.tensors.layout import chunks
+
+if TYPE_CHECKING:
+    import torch
+
+
+def share(task: Task | None, over: bool) -> tuple[Task | None, dict[str, Any]]:
+    """Return the first rank's task, and what it knows of its site, on every rank.
+
+    Parameters
+    ----------
+    task : Task or None
+        On the first rank: the task, or None; elsewhere not looked at.
+
+    Raises
+    ------
+    FederationError
+        If the processes are not joined yet.
+    """
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():
+        raise FederationError(
+            "several ranks train together, but they are not joined; call torch.distributed.init_process_group() "
+            "before flare.receive() or flare.is_running()"
+        )
+    first = torch.distributed.get_rank() == 0
+    session = current()
+    sizes = torch.zeros(3, dtype=torch.int64)
+    parts = [b"", b"", b""]
+    if first:
+        body, tensors = encode(task) if task is not None else (b"", {})
+        packed = np.empty(encoded_size(tensors) if tensors else 0, np.uint8)
+        filled = 0
+        for chunk in chunks(tensors, 1 << 20) if tensors else ():
+            packed[filled : filled + len(chunk)] = chunk
+            filled += len(chunk)
+        parts = [msgspec.json.encode(session.about), body, packed]  # type: ignore[list-item]
+        sizes = torch.tensor([len(each) for each in parts])
+    sizes = _broadcast(sizes)
+    about, body_there, packed_there = (
+        _broadcast_bytes(part, int(size)) for part, size in zip(parts, sizes.tolist(), strict=True)
+    )
+    found = None
+    if len(body_there):
+        named = parse(packed_there.data) if len(packed_there) else {}
+        # the first rank keeps its own arrays
+        found = task if first else decode(Task, body_there.tobytes(), named)
+    return found, msgspec.json.decode(about.tobytes(), type=dict[str, Any])
+
+
+def _broadcast_bytes(part: Any, size: int) -> np.ndarray[Any, Any]:
+    import torch
+
+    if not size:
+        return np.empty(0, np.uint8)
+    here = np.frombuffer(bytearray(part) if isinstance(part, bytes) else part, np.uint8) if len(part) else None
+    tensor = torch.from_numpy(np.empty(size, np.uint8) if here is None else here)
+    return np.asarray(_broadcast(tensor).numpy())
+
+
+def _broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the first rank's tensor, in the memory of the processor."""
+    import torch.distributed
+
+    if torch.distributed.get_backend() == "nccl":
+        # it moves nothing but what is on a device
+        there = tensor.cuda()
+        torch.distributed.broadcast(there, src=0)
+        return there.cpu()
+    torch.distributed.broadcast(tensor, src=0)
+    return tensor

@@ -1,0 +1,209 @@
+"""One script's part in a job: the task that it has, and the form in which it keeps its parameters."""
+
+from __future__ import annotations
+
+__all__ = ["Session", "current", "enter", "leave", "offer"]
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fedbio.client.link import SOCKET, Link, Metric, SocketLink
+from fedbio.client.model import FLModel, Form, from_script, to_script
+from fedbio.errors import SettingsError
+from fedbio.federation.model import Result, Task
+
+log = logging.getLogger(__name__)
+
+PREFIX = "client/"
+"""Before the names of a script's tasks on the wire."""
+
+BY_HAND = (
+    "this script takes part in a federation, and here is none: it is started by a site. Name it in a job "
+    "(client: {script: FILE.py}), and run the job with `fedbio server --jobs JOB.yaml` and `fedbio site`"
+)
+
+
+class Session:
+    """What the functions of the Client API work on.
+
+    Parameters
+    ----------
+    link : Link or None
+        The connection to the site; None on all ranks but the first.
+    rank : int
+        Of this process, among those that train together.
+    default : callable, optional
+        Returns ``"torch"`` or ``"numpy"``: how parameters come that the script has never sent.
+    share : callable, optional
+        Makes one task, or None, known to all ranks; called on all of them.
+    """
+
+    def __init__(
+        self,
+        link: Link | None,
+        rank: int = 0,
+        *,
+        default: Callable[[], str] | None = None,
+        share: Callable[[Task | None, bool], tuple[Task | None, dict[str, Any]]] | None = None,
+    ) -> None:
+        self.link, self.rank = link, rank
+        self.form = Form(default)
+        self.about: dict[str, Any] = dict(link.about) if link else {}
+        self.initial = False
+        """Whether the script is loaded only for its initial model."""
+        self.measured: dict[str, Any] | None = None
+        """Metrics that shall go with the next model."""
+        self._share = share
+        self._task: Task | None = None
+        self._model: FLModel | None = None
+        self._over = False
+
+    @property
+    def task(self) -> str:
+        """The name of the task that was received last, or empty."""
+        return "" if self._task is None else self._task.name.removeprefix(PREFIX)
+
+    def receive(self, timeout_s: float | None) -> FLModel | None:
+        """Return the model of the task at hand, or wait for the next one; None if none comes."""
+        if self.initial:
+            raise RuntimeError(
+                "the script waits for models while it is only loaded for its initial one; put what trains under "
+                'if __name__ == "__main__":'
+            )
+        if self._model is None and not self._over:
+            task = self._next(timeout_s)
+            if task is not None:
+                self._task = task
+                self._model = to_script(task.model, self.form)
+        return self._model
+
+    def _next(self, timeout_s: float | None) -> Task | None:
+        task = None
+        if self.link is not None:
+            task = self.link.receive(timeout_s)
+            if task is not None:
+                self.link.taken(task)
+            elif timeout_s is None:
+                self._over = True
+        if self._share is not None:
+            task, about = self._share(task, self._over)
+            self.about = about or self.about
+            self._over = task is None and timeout_s is None
+        return task
+
+    def send(self, model: FLModel, clear: bool) -> None:
+        """Answer the task at hand."""
+        if not isinstance(model, FLModel):
+            raise TypeError(f"send() takes an FLModel, not a {type(model).__name__}")
+        if self._task is None or self._model is None:
+            raise RuntimeError("there is no task to answer: call receive() before each send()")
+        if model.params is None and model.metrics is None:
+            raise RuntimeError("the model has neither params nor metrics; there is nothing to send")
+        if self.link is not None:
+            found = from_script(model, self.form)
+            found.start_round = self._task.model.start_round
+            found.current_round = self._task.model.current_round
+            found.total_rounds = self._task.model.total_rounds
+            self.link.answer(Result(task=self._task.id, model=found))
+        self._model = None
+        if clear:
+            model.params = model.optimizer_params = None
+
+    def log(self, key: str, value: Any, data_type: Any, step: int | None) -> None:
+        """Send a number, numbers by name, or a text."""
+        if self.link is None:
+            return
+        kind = getattr(data_type, "value", data_type) or "SCALAR"
+        if isinstance(value, dict):
+            plain: Any = {str(name): _number(key, each) for name, each in value.items()}
+        else:
+            plain = value if isinstance(value, str) else _number(key, value)
+        self.link.metric(Metric(str(key), plain, None if step is None else int(step), str(kind)))
+
+    def close(self) -> None:
+        """End the connection; there will be no more models."""
+        self._over, self._model = True, None
+        if self.link is not None:
+            self.link.close()
+
+
+def _number(key: str, value: Any) -> float:
+    try:
+        return float(np.asarray(value.detach().cpu() if hasattr(value, "detach") else value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"log({key!r}): a {type(value).__name__} is neither a number nor a text") from error
+
+
+_lock = threading.Lock()
+_offered: dict[int, tuple[Link, Callable[[], str]]] = {}
+_by_thread: dict[int, Session] = {}
+_of_process: Session | None = None
+
+
+def offer(link: Link, default: Callable[[], str]) -> None:
+    """Have the script that runs on this thread of a site use a connection."""
+    with _lock:
+        _offered[threading.get_ident()] = (link, default)
+
+
+def leave() -> None:
+    """Forget this thread's connection and session."""
+    with _lock:
+        _offered.pop(threading.get_ident(), None)
+        _by_thread.pop(threading.get_ident(), None)
+
+
+def enter(rank: int | str | None = None) -> Session:
+    """Begin the session of this script, or return it if it has begun.
+
+    Raises
+    ------
+    SettingsError
+        If no site has started this process.
+    """
+    global _of_process
+    with _lock:
+        thread = threading.get_ident()
+        found = _by_thread.get(thread) or (None if thread in _offered else _of_process)
+        if found is not None:
+            log.warning("init() was called before; this call does nothing")
+            return found
+        if thread in _offered:
+            link, default = _offered[thread]
+            session = _by_thread[thread] = Session(link, default=default)
+            return session
+        number = int(os.environ.get("RANK", "0") if rank is None else rank)
+        socket = os.environ.get(SOCKET)
+        if not socket:
+            raise SettingsError(BY_HAND)
+        several = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # imported here: it is for those who have torch
+            from fedbio.client import ranks
+
+            several = ranks.share
+        _of_process = Session(SocketLink(socket) if number == 0 else None, number, share=several)
+        return _of_process
+
+
+def current() -> Session:
+    """Return the session of this thread's script; threads that a script starts have their script's.
+
+    Raises
+    ------
+    RuntimeError
+        If `init` was not called.
+    """
+    with _lock:
+        found = _by_thread.get(threading.get_ident()) or _of_process
+        if found is None and len(_by_thread) == 1:
+            # a thread that the only script in this process has started
+            (found,) = _by_thread.values()
+    if found is None:
+        raise RuntimeError("call init() before any other function of the Client API")
+    return found

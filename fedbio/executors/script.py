@@ -1,0 +1,220 @@
+"""Tasks of training scripts: take the files in, have the script do each task, and end it.
+
+A script is started with the first task that needs it, and anew when it has ended. What it does wrong is the failure of
+its task: the site goes on.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Deploy", "EndScript", "EvaluateScript", "InitializeScript", "Scripts", "SubmitModel", "TrainScript"]
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import ClassVar
+
+import msgspec
+
+from fedbio.errors import FederationError, ProtocolError, RefusedError
+from fedbio.executors.deployed import DeployedScript
+from fedbio.federation.executor import Executor, SiteContext
+from fedbio.federation.model import WEIGHT, FLModel, Task
+from fedbio.federation.workflows.script import (
+    DEPLOY,
+    END,
+    EVALUATE,
+    EXAMPLES,
+    INIT,
+    SUBMIT_MODEL,
+    TRAIN,
+    ClientSpec,
+)
+from fedbio.federation.workflows.study import read_meta
+
+_JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class Scripts:
+    """The scripts of a site's jobs."""
+
+    def __init__(self) -> None:
+        self._deployed: dict[str, DeployedScript] = {}
+
+    def deploy(self, job: str, spec: ClientSpec, context: SiteContext) -> DeployedScript:
+        """Get ready to run a job's script; one that is ready already goes on."""
+        known = self._deployed.get(job)
+        if known is not None and known.spec == spec:
+            return known
+        if known is not None:
+            known.stop()
+        self._deployed[job] = script = DeployedScript(job, spec, context, count_examples(context))
+        return script
+
+    def of(self, job: str) -> DeployedScript:
+        """Return a job's script.
+
+        Raises
+        ------
+        FederationError
+            If there is none.
+        """
+        try:
+            return self._deployed[job]
+        except KeyError:
+            raise FederationError(f"the script of job {job} is not here; it has to be deployed first") from None
+
+    def forget(self, job: str, *, politely: bool) -> None:
+        """Stop a job's script, if it is here."""
+        script = self._deployed.pop(job, None)
+        if script is not None:
+            script.stop(politely=politely)
+
+    def jobs(self) -> list[str]:
+        """Return the jobs whose scripts are here."""
+        return list(self._deployed)
+
+
+class Deploy(Executor):
+    """Takes a job's script in, if the site's operator lets it run here."""
+
+    name: ClassVar[str] = DEPLOY
+    kind: ClassVar[str] = "code"
+    leaves: ClassVar[str] = "counts"
+
+    def __init__(self, scripts: Scripts) -> None:
+        self.scripts = scripts
+
+    def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
+        """Check the files and return how many examples this site registers."""
+        spec = read_meta(model.meta, ClientSpec)
+        check_spec(task.job, spec)
+        for each in spec.files:
+            if not context.policy.allows_code(each.sha256, each.name):
+                raise RefusedError(
+                    f"the policy of {context.site} does not let {each.name} (SHA-256 {each.sha256}) run; its operator "
+                    "can add the digest to `code` in the site's settings"
+                )
+        script = self.scripts.deploy(task.job, spec, context)
+        context.events.write("script deployed", job=task.job, files={each.name: each.sha256 for each in spec.files})
+        return FLModel(meta={EXAMPLES: script.examples})
+
+    def abandon(self, job: str) -> None:
+        self.scripts.forget(job, politely=False)
+
+    def close(self) -> None:
+        for job in self.scripts.jobs():
+            self.scripts.forget(job, politely=True)
+
+
+class InitializeScript(Executor):
+    """Has a function of the script make the initial model."""
+
+    name: ClassVar[str] = INIT
+    kind: ClassVar[str] = "train"
+    leaves: ClassVar[str] = "model"
+
+    def __init__(self, scripts: Scripts) -> None:
+        self.scripts = scripts
+
+    def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
+        """Return the initial model's parameters."""
+        return FLModel(params=self.scripts.of(task.job).initial(task, model).params)
+
+
+class TrainScript(Executor):
+    """Has the script train."""
+
+    name: ClassVar[str] = TRAIN
+    kind: ClassVar[str] = "train"
+    leaves: ClassVar[str] = "model"
+
+    def __init__(self, scripts: Scripts) -> None:
+        self.scripts = scripts
+
+    def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
+        """Return what the script sends, with a weight: the script's own, else the number of registered examples."""
+        script = self.scripts.of(task.job)
+        answer = script.ask(task, model)
+        if not answer.params:
+            raise FederationError(f"the script of {context.site} was asked to train and has sent no params")
+        return msgspec.structs.replace(answer, meta={WEIGHT: script.examples, **answer.meta})
+
+
+class EvaluateScript(Executor):
+    """Has the script evaluate a model."""
+
+    name: ClassVar[str] = EVALUATE
+    kind: ClassVar[str] = "evaluate"
+    leaves: ClassVar[str] = "metrics"
+
+    def __init__(self, scripts: Scripts) -> None:
+        self.scripts = scripts
+
+    def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
+        """Return the script's metrics, and nothing else of what it sends."""
+        return FLModel(metrics=self.scripts.of(task.job).ask(task, model).metrics)
+
+
+class SubmitModel(Executor):
+    """Has the script hand in the site's own model."""
+
+    name: ClassVar[str] = SUBMIT_MODEL
+    kind: ClassVar[str] = "train"
+    leaves: ClassVar[str] = "model"
+
+    def __init__(self, scripts: Scripts) -> None:
+        self.scripts = scripts
+
+    def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
+        """Return the parameters and metrics that the script sends."""
+        answer = self.scripts.of(task.job).ask(task, model)
+        if not answer.params:
+            raise FederationError(f"the script of {context.site} was asked for its model and has sent no params")
+        return FLModel(params=answer.params, metrics=answer.metrics)
+
+
+class EndScript(Executor):
+    """Tells the script that there is nothing left to do, and sees it end."""
+
+    name: ClassVar[str] = END
+    kind: ClassVar[str] = "code"
+    leaves: ClassVar[str] = "control"
+
+    def __init__(self, scripts: Scripts) -> None:
+        self.scripts = scripts
+
+    def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
+        """Stop the script; nothing but an empty answer leaves."""
+        self.scripts.forget(task.job, politely=True)
+        return FLModel()
+
+
+def check_spec(job: str, spec: ClientSpec) -> None:
+    """Refuse names from the server that are no plain names.
+
+    Raises
+    ------
+    ProtocolError
+        Naming what is wrong.
+    """
+    if not _JOB.fullmatch(job):
+        raise ProtocolError(f"a script for a job called {job[:64]!r} is not taken; names are letters, digits, hyphens")
+    names: Mapping[str, int] = {each.name: each.size for each in spec.files}
+    for name in names:
+        if not _FILE.fullmatch(name) or PurePath(name).name != name:
+            raise ProtocolError(f"a file called {name[:64]!r} is not taken; a plain name is needed")
+    wanted = {spec.script} | ({spec.initial.partition(":")[0]} if spec.initial else set())
+    if missing := sorted(wanted - set(names)):
+        raise ProtocolError(f"{', '.join(missing)} of job {job} is not among the files that were sent")
+    if spec.processes < 1 or not spec.idle_s > 0:
+        raise ProtocolError(f"job {job} asks for {spec.processes} processes and {spec.idle_s} s; both must be positive")
+
+
+def count_examples(context: SiteContext) -> int:
+    """Return how many examples a site registers: what its operator says, else the number of its proteins."""
+    if context.examples is not None:
+        return context.examples
+    from fedbio.proteins import read
+
+    return sum(1 for _ in read(context.data, labels=context.labels, classes=None))
