@@ -54,7 +54,7 @@ def provision(settings: FederationFile, out: str | os.PathLike[str]) -> list[Pat
         If two parties have one name, no driver has the name, or `out` holds the kits of another federation.
     """
     folder = Path(out)
-    parties = [settings.server.name, *settings.sites]
+    parties = [settings.server.name, *settings.sites, *([settings.admin] if settings.admin else [])]
     for name in parties:
         if name == "ca" or parties.count(name) > 1:
             raise SettingsError(f"party {name!r}: the name is taken; give every party its own, and none the name 'ca'")
@@ -73,9 +73,10 @@ def provision(settings: FederationFile, out: str | os.PathLike[str]) -> list[Pat
 
 def _is_outdated(kit: Path, name: str, settings: FederationFile, *, added: bool) -> bool:
     """Whether a kit's file, not its certificate and key, has to say something else."""
+    found = load(kit / "kit.yaml", KitFile)
     # sites that joined later: the server has to expect them
-    expects_more = added and name == settings.server.name
-    return expects_more or load(kit / "kit.yaml", KitFile).driver != settings.driver
+    is_server = name == settings.server.name
+    return found.driver != settings.driver or (is_server and (added or found.admin != settings.admin))
 
 
 def _authority(federation: str, folder: Path) -> _Identity:
@@ -131,11 +132,12 @@ def _write_kit_file(kit: Path, name: str, settings: FederationFile) -> None:
     content = KitFile(
         federation=settings.federation,
         party=name,
-        role="server" if is_server else "site",
+        role="server" if is_server else "admin" if name == settings.admin else "site",
         server=settings.server.address,
         server_name=settings.server.name,
         driver=settings.driver,
         sites=settings.sites if is_server else [],
+        admin=settings.admin if is_server else None,
     )
     write_whole(kit / "kit.yaml", yaml.safe_dump(content.model_dump(), sort_keys=False))
 

@@ -33,6 +33,7 @@ __all__ = [
     "write_table",
 ]
 
+import copy
 import csv
 import datetime
 import os
@@ -287,10 +288,18 @@ class EventLog:
         self.path, self.party = path, party
         self._file = open(path, "ab", buffering=0)
         self._lock = threading.Lock()
+        self._always: dict[str, Any] = {}
+
+    def bound(self, **details: Any) -> EventLog:
+        """Return the same log with details that every event written through it gets, unless the event has its own."""
+        twin = copy.copy(self)
+        twin._always = {**self._always, **details}
+        return twin
 
     def write(self, event: str, **details: Any) -> None:
         """Append one event; `details` are JSON values. Safe to call from several threads."""
-        line = msgspec.json.encode({"time": utc_now(), "party": self.party, "event": event, **details}) + b"\n"
+        content = {"time": utc_now(), "party": self.party, "event": event, **self._always, **details}
+        line = msgspec.json.encode(content) + b"\n"
         with self._lock:
             self._file.write(line)
 

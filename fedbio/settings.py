@@ -85,10 +85,16 @@ from fedbio.settings_parts import (
 )
 
 
-class JobsFile(Section):
-    """What a server runs, one job after the other."""
+def _no_twin_jobs(jobs: list[Job]) -> list[Job]:
+    no_twins([job.name for job in jobs])
+    return jobs
 
-    jobs: Annotated[list[Job], Field(min_length=1)]
+
+class JobsFile(Section):
+    """What a server runs, or what is submitted to it."""
+
+    jobs: Annotated[list[Job], AfterValidator(_no_twin_jobs)]
+    """One section for each job; a server that goes on serving may begin with none."""
     sites: Annotated[list[PartyName], Field(min_length=1), AfterValidator(no_twins)] | None = None
     """Who is expected; null means every site that the federation has a kit for."""
     federation: FederationLimits = FederationLimits()
@@ -192,7 +198,9 @@ class RunSettings(Section):
         return JobsFile(jobs=jobs, sites=self.sites.names, federation=self.federation, transport=self.transport)
 
 
-WorkflowName = Literal["embed", "classify", "projection", "fedavg", "cyclic", "evaluation", "swarm", "statistics"]
+WorkflowName = Literal[
+    "embed", "classify", "projection", "fedavg", "cyclic", "evaluation", "swarm", "statistics", "custom"
+]
 CodeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 
@@ -267,6 +275,8 @@ class FederationFile(Section):
     server: ServerParty
     sites: Annotated[list[PartyName], Field(min_length=1), AfterValidator(no_twins)]
     """One name per site."""
+    admin: PartyName | None = "admin"
+    """Who submits jobs to the running server and ends them (`fedbio job`); null makes no kit for it."""
     driver: DriverName = DRIVER
     """What moves bytes between server and sites: grpc, tcp, http, or one that an installed package offers. It goes into
     every kit, since both ends must use the same; no other file sets it."""
@@ -277,6 +287,8 @@ class FederationFile(Section):
     def _check_across(self) -> FederationFile:
         if self.server.name in self.sites:
             raise ValueError(f"sites: {self.server.name!r} is the server's name; give every party its own")
+        if self.admin in (self.server.name, *self.sites):
+            raise ValueError(f"admin: {self.admin!r} is the name of another party; set admin to another name, or null")
         return self
 
 
@@ -285,7 +297,7 @@ class KitFile(Section):
 
     federation: PartyName
     party: PartyName
-    role: Literal["server", "site"]
+    role: Literal["server", "site", "admin"]
     server: Address
     """host:port under which the sites reach the server; the server listens on that port."""
     server_name: PartyName = "server"
@@ -294,6 +306,8 @@ class KitFile(Section):
     """What moves bytes between server and sites."""
     sites: list[PartyName] = []
     """At the server: every site that has a kit."""
+    admin: PartyName | None = None
+    """At the server: whose certificate may submit jobs and end them; null lets nobody."""
 
 
 FILES: dict[str, type[Section]] = {

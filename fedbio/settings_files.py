@@ -149,7 +149,9 @@ def _describe(problem: Any, model: type[pydantic.BaseModel]) -> str:
     return f"{key}: expected {expected.format(**context)}, found {_shown(found)}"
 
 
-_UNION_TAGS = frozenset({"embed", "classify", "projection"})
+_UNION_TAGS = frozenset(
+    {"embed", "classify", "projection", "fedavg", "cyclic", "evaluation", "swarm", "statistics", "custom"}
+)
 
 
 def _keys_at(model: Any, location: list[str | int]) -> list[str]:

@@ -151,5 +151,7 @@ class FederationLimits(Section):
     """Seconds that the server waits for `min_sites` to join, and a site for the server."""
     round_deadline_s: Seconds = 3600.0
     """Seconds that the server waits for the results of a task."""
+    jobs_at_once: Annotated[int, Field(ge=1, le=100)] = 1
+    """Jobs that the server runs at the same time; 1 runs one after the other."""
     heartbeat_s: Seconds = 5.0
     """Seconds between two signs of life; the connection of a site that is silent for three of them is ended."""

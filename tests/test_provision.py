@@ -25,7 +25,7 @@ def certificate(kit: Path) -> x509.Certificate:
 
 def test_every_party_gets_a_whole_kit_and_the_authority_stays_apart(tmp_path: Path) -> None:
     made = provision(federation("site-1", "site-2"), tmp_path)
-    assert made == [tmp_path / "server", tmp_path / "site-1", tmp_path / "site-2"]
+    assert made == [tmp_path / "server", tmp_path / "site-1", tmp_path / "site-2", tmp_path / "admin"]
     for kit in made:
         assert sorted(path.name for path in kit.iterdir()) == ["ca.pem", "certificate.pem", "kit.yaml", "private.key"]
         assert (kit / "private.key").stat().st_mode & 0o777 == 0o600
@@ -35,6 +35,18 @@ def test_every_party_gets_a_whole_kit_and_the_authority_stays_apart(tmp_path: Pa
         federation="demo", party="site-2", role="site", server="fed.example.org:8443"
     )
     assert load(tmp_path / "server" / "kit.yaml", KitFile).sites == ["site-1", "site-2"]
+
+
+def test_administrator_is_known_to_the_server_by_the_name_that_the_federation_file_gives(tmp_path: Path) -> None:
+    assert provision(federation("site-1", admin=None), tmp_path) == [tmp_path / "server", tmp_path / "site-1"]
+    assert load(tmp_path / "server" / "kit.yaml", KitFile).admin is None
+    # named later: its kit is made and the server hears of it
+    assert provision(federation("site-1", admin="chief"), tmp_path) == [tmp_path / "chief"]
+    assert load(tmp_path / "server" / "kit.yaml", KitFile).admin == "chief"
+    assert load(tmp_path / "server" / "kit.yaml", KitFile).sites == ["site-1"]
+    assert load(tmp_path / "chief" / "kit.yaml", KitFile).role == "admin"
+    with pytest.raises(ValueError, match="admin: 'site-1' is the name of another party"):
+        federation("site-1", admin="site-1")
 
 
 def test_certificates_say_what_each_party_may_do(tmp_path: Path) -> None:
@@ -68,8 +80,8 @@ def test_driver_goes_into_every_kit_and_changes_in_all_of_them(tmp_path: Path) -
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
     assert provision(federation("site-1", driver="tcp"), tmp_path) == []
     changed = [path for path, content in before.items() if path.read_bytes() != content]
-    assert sorted(changed) == [tmp_path / party / "kit.yaml" for party in ("server", "site-1")]
-    assert [load(path, KitFile).driver for path in changed] == ["tcp", "tcp"]
+    assert sorted(changed) == [tmp_path / party / "kit.yaml" for party in ("admin", "server", "site-1")]
+    assert [load(path, KitFile).driver for path in changed] == ["tcp", "tcp", "tcp"]
 
 
 def test_driver_that_nobody_offers_does_not_go_into_kits(tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = load(args.federation, FederationFile)
     made = provision(settings, args.output)
     if not args.json:
-        print(f"{args.output}: {len(made)} new of {1 + len(settings.sites)} kits, valid {settings.valid_days} days")
+        kits = 1 + len(settings.sites) + (settings.admin is not None)
+        print(f"{args.output}: {len(made)} new of {kits} kits, valid {settings.valid_days} days")
         for kit in made:
-            runs = "server" if kit.name == settings.server.name else "site"
+            runs = {settings.server.name: "server", settings.admin: "job list"}.get(kit.name, "site")
             print(f"  {kit}  to whoever runs {kit.name} (fedbio {runs} --kit {kit.name} ...)")
         if made:
             print("Hand each kit over by a safe way: its private.key is that party's identity.")

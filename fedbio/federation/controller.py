@@ -14,8 +14,8 @@ import msgspec
 
 from fedbio.errors import FederationError
 from fedbio.federation.acceptance import Expectation
-from fedbio.federation.desk import Desk
 from fedbio.federation.filters import Chain
+from fedbio.federation.job_desk import JobDesk
 from fedbio.federation.lockstep import Lockstep
 from fedbio.federation.messages import FileHeader
 from fedbio.federation.model import IN_MEMORY, Delivery, FLModel, Parameters, ParamsType, Result, Task
@@ -35,7 +35,7 @@ class Runtime:
     ----------
     job : str
         Name of the job.
-    desk : Desk
+    desk : JobDesk
     state : State
     events : EventLog
     record : PartyRecord
@@ -55,7 +55,7 @@ class Runtime:
     """
 
     job: str
-    desk: Desk
+    desk: JobDesk
     state: State
     events: EventLog
     record: PartyRecord

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from fedbio.errors import FederationError, PeerUnreachable, ProtocolError, TransportError
+from fedbio.errors import FedbioError, FederationError, PeerUnreachable, ProtocolError, TransportError
 from fedbio.federation.acceptance import Expectation
 from fedbio.federation.messages import Join
 from fedbio.federation.model import Result, Status, Task, encode
@@ -68,6 +68,7 @@ class _OpenTask:
     delivered: set[str] = field(default_factory=set)
     results: dict[str, Result] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
+    bug: BaseException | None = None
 
 
 class Desk:
@@ -91,7 +92,7 @@ class Desk:
         self._sites = {name: _Presence() for name in self.expected}
         self._open: dict[str, _OpenTask] = {}
         self._changed = threading.Condition()
-        self._bug: BaseException | None = None
+        self._interrupted: dict[str, FedbioError] = {}
         self._senders = Workers("push", most=SENDERS)
         self._packer = Packer()
         self._arrivals: collections.Counter[str] = collections.Counter()
@@ -237,30 +238,59 @@ class Desk:
         with self._changed:
             return self._arrivals[site]
 
+    def interrupt(self, job: str, error: FedbioError) -> None:
+        """Have whoever waits here for a job, now or later, get an error."""
+        with self._changed:
+            self._interrupted[job] = error
+            self._changed.notify_all()
+
+    def check(self, job: str) -> None:
+        """Raise what a job was interrupted with."""
+        with self._changed:
+            self._check(job)
+
+    def _check(self, job: str) -> None:
+        if job in self._interrupted:
+            raise self._interrupted[job]
+
     def needed(self, asked: int) -> int:
         """Return how many of `asked` sites have to answer."""
         return asked if self.min_sites is None else min(self.min_sites, asked)
 
-    def wait_for_sites(self, job: str, *, deadline_s: float, gather_s: float = GATHER_S) -> tuple[str, ...]:
+    def wait_for_sites(
+        self,
+        job: str,
+        *,
+        deadline_s: float,
+        gather_s: float = GATHER_S,
+        expected: Sequence[str] | None = None,
+        min_sites: int | None = None,
+    ) -> tuple[str, ...]:
         """Wait until enough sites are here, and a little longer for the rest of them.
+
+        `expected` and `min_sites` are those of the job, where it has its own.
 
         Raises
         ------
         FederationError
             Naming who is missing when the deadline has passed.
         """
-        least = len(self.expected) if self.min_sites is None else self.min_sites
+        wanted = self.expected if expected is None else tuple(expected)
+        if min_sites is None:
+            min_sites = self.min_sites
+        least = len(wanted) if min_sites is None else min_sites
         began, enough_since, said = time.monotonic(), None, 0.0
         while True:
-            here = self.sites(job)
+            self.check(job)
+            here = tuple(name for name in self.sites(job) if name in wanted)
             now = time.monotonic()
-            missing = ", ".join(name for name in self.expected if name not in here)
+            missing = ", ".join(name for name in wanted if name not in here)
             enough_since = (enough_since or now) if len(here) >= least else None
             if not missing or (enough_since is not None and now - enough_since >= gather_s):
                 return here
             if now - began >= deadline_s and enough_since is None:
                 raise FederationError(
-                    f"job {job}: {len(here)} of {len(self.expected)} sites are here after {deadline_s:.0f} s, "
+                    f"job {job}: {len(here)} of {len(wanted)} sites are here after {deadline_s:.0f} s, "
                     f"{least} are needed; missing: {missing}; start them, or lower federation.min_sites"
                 )
             if now - said >= SAY_EVERY_S:
@@ -327,7 +357,7 @@ class Desk:
         results = [open_task.results[site] for site in sorted(open_task.results)]
         why = self._why_missing(open_task)
         self._events.write(
-            "task closed", task=task.name, id=task.id, answered=[each.site for each in results], missing=why
+            "task closed", task=task.name, id=task.id, job=task.job, answered=[each.site for each in results], missing=why
         )
         if missing is not None:
             missing.update(why)
@@ -350,8 +380,9 @@ class Desk:
         told: set[str] = set()
         while True:
             with self._changed:
-                if self._bug is not None:
-                    raise self._bug
+                if open_task.bug is not None:
+                    raise open_task.bug
+                self._check(open_task.task.job)
                 now = time.monotonic()
                 left = began + deadline_s - now
                 fresh = [open_task.results[site] for site in open_task.results if site not in told]
@@ -407,7 +438,7 @@ class Desk:
             except Exception as bug:
                 # raised where someone can see it: in the controller that waits
                 with self._changed:
-                    self._bug = bug
+                    open_task.bug = bug
                     self._changed.notify_all()
 
         self._senders.submit(push)

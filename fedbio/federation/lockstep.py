@@ -70,6 +70,9 @@ class Lockstep:
     def __init__(self, send: Send) -> None:
         self._send = send
         self._attempts: dict[Exchange, _Attempt] = {}
+        self._interrupted: dict[str, str] = {}
+        # sites answer the newest call, and hold one mean that does not count yet
+        self._turn = threading.Lock()
         self._lock = threading.Lock()
 
     # what the transport reports
@@ -89,6 +92,24 @@ class Lockstep:
             attempts = list(self._attempts.values())
         for attempt in attempts:
             attempt.lose(site, "it has gone")
+
+    def interrupt(self, job: str, reason: str) -> None:
+        """End what is under way for a job, and let nothing more of it begin."""
+        with self._lock:
+            self._interrupted[job] = reason
+            attempts = [attempt for exchange, attempt in self._attempts.items() if _job(exchange) == job]
+        for attempt in attempts:
+            attempt.close(reason)
+
+    @contextlib.contextmanager
+    def _in_turn(self, timeout_s: float | None) -> Iterator[None]:
+        """Wait until the exchanges of other jobs are over."""
+        if not self._turn.acquire(timeout=-1 if timeout_s is None else timeout_s):
+            raise FederationError(f"the exchange of another job has not ended within {timeout_s:g} s")
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def take(self, received: Received) -> None:
         """Deal with a message of the topic `messages.PART`: a part that has arrived, or word that there is none."""
@@ -141,9 +162,25 @@ class Lockstep:
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         parts = {site: weight for site, weight in weights.items() if weight > 0}
-        faults: dict[str, str] = {}
         exchange = Exchange(uuid.uuid4().hex, 1, run, number, tuple(keep))
+        with self._in_turn(timeout_s):
+            return self._average(exchange, weights, parts, manifest, receivers, min_parts, deadline, on_commit)
+
+    def _average(
+        self,
+        exchange: Exchange,
+        weights: Mapping[str, float],
+        parts: dict[str, float],
+        manifest: Manifest,
+        receivers: Sequence[str],
+        min_parts: int,
+        deadline: float | None,
+        on_commit: Callable[[Exchanged], None] | None,
+    ) -> Exchanged:
+        faults: dict[str, str] = {}
         while True:
+            if (reason := self._interrupted.get(_job(exchange))) is not None:
+                raise FederationError(reason)
             if len(parts) < max(1, min_parts):
                 raise FederationError(
                     f"{len(parts)} of {len(weights)} sites can be averaged, {max(1, min_parts)} are needed; "
@@ -182,6 +219,7 @@ class Lockstep:
         exchange = Exchange(uuid.uuid4().hex, 1, run, number)
         try:
             with (
+                self._in_turn(timeout_s),
                 self._calling(exchange, [site], timeout_s) as attempt,
                 whole_file(path) as beside,
                 open(beside, "wb") as file,
@@ -339,6 +377,10 @@ class _Inbox(Sink):
                 chunk = self._chunks.popleft()
                 self._changed.notify_all()
             yield chunk
+
+
+def _job(exchange: Exchange) -> str:
+    return exchange.run.partition("/")[0]
 
 
 def _each(sites: Sequence[str], work: Callable[[str], object]) -> tuple[str, ...]:

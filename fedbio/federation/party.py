@@ -8,6 +8,7 @@ import contextlib
 import importlib.metadata
 import platform
 import resource
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -36,6 +37,7 @@ class Party:
         if continued:
             self.ledger.recount(self.events.path, self.record.started)
         self.events.write("continued" if continued else "started", version=__version__)
+        self._saving = threading.Lock()
         self.save()
 
     @classmethod
@@ -50,8 +52,9 @@ class Party:
                 party.events.close()
 
     def save(self) -> None:
-        """Save the record as far as it has come."""
-        write_whole(self.workspace / UNFINISHED, msgspec.json.encode(self.record))
+        """Save the record as far as it has come. Safe to call from several threads."""
+        with self._saving:
+            write_whole(self.workspace / UNFINISHED, msgspec.json.encode(self.record))
 
     def finish(self, libraries: Sequence[str]) -> None:
         """Write ``party.json``: the run has come to its end."""

@@ -170,6 +170,7 @@ class Server:
     def _begin(self, party: Party, endpoint: ServerLink, trackers: Sequence[TrackerName]) -> None:
         self._party, self._endpoint = party, endpoint
         self._state = State(self.workspace)
+        self._state.reopen()
         self._expected = tuple(self.jobs.sites or self.kit.sites)
         self._desk = Desk(self._expected, self._post_task, party.events, min_sites=self.jobs.federation.min_sites)
         self._lockstep = Lockstep(self._exchange)
@@ -262,7 +263,7 @@ class Server:
             self._party.events.write(f"job {state}", job=job, reason=reason)
         if state is JobState.FAILED and not self._queue.serving:
             return  # the server ends with it, and says so
-        message = JobDone(job, state.value, reason)
+        message = _job_done(job, state, reason)
         here = self._desk.sites()
         for site in self._desk.expected:
             if site in here:
@@ -297,7 +298,8 @@ class Server:
             return
         site = received.peer
         if received.topic in TOPICS or self._admin.is_admin(site):
-            return self._admin.take(received)
+            self._admin.take(received)
+            return
         try:
             if received.topic == messages.RESULT:
                 tensors = {} if received.payload is None else received.payload.tensors()
@@ -379,8 +381,7 @@ class Server:
             return self._tell(site, messages.END)
         for row in self._state.jobs():
             if row.name in join.jobs and JobState(row.state).is_over:
-                done = msgspec.convert({"job": row.name, "state": row.state, "reason": row.reason}, JobDone)
-                self._tell(site, messages.JOB_DONE, done)
+                self._tell(site, messages.JOB_DONE, _job_done(row.name, row.state, row.reason))
         return None
 
     # what goes
@@ -400,9 +401,7 @@ class Server:
         self._party.ledger.add(kind, payload.size or 0, to=site)
         self._endpoint.send(site, messages.FILE, pack(header), payload, self.jobs.federation.round_deadline_s)
 
-    def _tell(
-        self, site: str, topic: str, message: msgspec.Struct | None = None, timeout_s: float = GOODBYE_S
-    ) -> None:
+    def _tell(self, site: str, topic: str, message: msgspec.Struct | None = None, timeout_s: float = GOODBYE_S) -> None:
         body = b"" if message is None else pack(message)
         self._party.ledger.add("control", len(body), to=site)
         try:
@@ -424,3 +423,7 @@ class Server:
             time.sleep(0.02)
         if missing := sorted(known - self._left):
             log.warning("sites did not say goodbye sites=%s", ",".join(missing))
+
+
+def _job_done(job: str, state: str, reason: str) -> JobDone:
+    return msgspec.convert({"job": job, "state": str(state), "reason": reason}, JobDone)

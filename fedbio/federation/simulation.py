@@ -55,6 +55,7 @@ def simulate(settings: RunSettings, run: Path, data: Path) -> None:
             federation="simulation",
             server=ServerParty(address=address),
             sites=settings.sites.names,
+            admin=None,
             driver=settings.driver,
         ),
         kits,

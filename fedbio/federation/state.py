@@ -5,7 +5,7 @@ A model file is written whole before the row that names it, and removed only aft
 
 from __future__ import annotations
 
-__all__ = ["Progress", "State"]
+__all__ = ["JobRow", "Progress", "State"]
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -22,11 +22,12 @@ from fedbio.federation.model import Parameters
 from fedbio.results import Metric, utc_now
 from fedbio.tensors import open_file, write_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 create table sites (name text primary key, version text, first_joined text, last_joined text);
-create table jobs (name text primary key, digest text, started text, finished text);
+create table jobs (name text primary key, digest text, started text, finished text, state text default 'waiting',
+                   reason text default '', origin text default 'file', content text default '', submitted text);
 create table notes (job text, key text, value blob, primary key (job, key));
 create table runs (job text, run text, round integer, best_round integer, best_value real, finished integer,
                    primary key (job, run));
@@ -34,7 +35,30 @@ create table metrics (job text, party text, model text, split text, seed integer
                       value real, primary key (job, party, model, split, seed, round, metric));
 """
 
+_FROM_1 = """
+alter table jobs add column state text default 'waiting';
+alter table jobs add column reason text default '';
+alter table jobs add column origin text default 'file';
+alter table jobs add column content text default '';
+alter table jobs add column submitted text;
+update jobs set submitted = started, state = case when finished is null then 'waiting' else 'done' end;
+"""
+"""What a state of version 1, which knew no queue, lacks."""
+
 T = TypeVar("T")
+
+
+class JobRow(NamedTuple):
+    """A job as it stands; `content` is a jobs file with this job alone, as JSON, times are ISO 8601 or None."""
+
+    name: str
+    state: str
+    reason: str
+    origin: str
+    content: str
+    submitted: str | None
+    started: str | None
+    finished: str | None
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -74,6 +98,8 @@ class State:
             raise FormatError(f"{path}: not a server's state ({error}); choose another workspace") from error
         if version == 0:
             self._database.executescript(f"begin; {_SCHEMA} pragma user_version = {SCHEMA_VERSION}; commit;")
+        elif version == 1:
+            self._database.executescript(f"begin; {_FROM_1} pragma user_version = {SCHEMA_VERSION}; commit;")
         elif version != SCHEMA_VERSION:
             raise FormatError(
                 f"{path}: state of version {version}, this release reads version {SCHEMA_VERSION}; "
@@ -104,8 +130,18 @@ class State:
         """Return every site that has ever joined, sorted."""
         return [name for (name,) in self._read("select name from sites order by name")]
 
-    def begin(self, job: str, settings: bytes) -> bool:
-        """Note that a job begins or goes on; return True if it is finished already.
+    def begin(self, job: str, settings: bytes, *, origin: str = "file", content: str = "") -> bool:
+        """Enter a job, or find it again; return True if it is done already.
+
+        Parameters
+        ----------
+        job : str
+        settings : bytes
+            What must not change while the job is unfinished.
+        origin : str
+            Where it comes from; kept from the first time.
+        content : str
+            All that is needed to run it again without where it came from.
 
         Raises
         ------
@@ -113,18 +149,49 @@ class State:
             If the job was begun with other settings in this workspace.
         """
         digest = hashlib.sha256(settings).hexdigest()
-        self._write("insert or ignore into jobs values (?, ?, ?, null)", job, digest, utc_now())
-        [(known, finished)] = self._read("select digest, finished from jobs where name = ?", job)
+        self._write(
+            "insert or ignore into jobs (name, digest, origin, content, submitted) values (?, ?, ?, ?, ?)",
+            job, digest, origin, content, utc_now(),
+        )  # fmt: skip
+        [(known, state)] = self._read("select digest, state from jobs where name = ?", job)
         if known != digest:
             raise SettingsError(
                 f"job {job!r} was begun in {self.folder} with other settings; give the job another name or the server "
                 "another workspace, or take back the change"
             )
-        return finished is not None
+        return bool(state == "done")
+
+    def move(self, job: str, state: str, reason: str = "") -> None:
+        """Note that a job is waiting, running, done, failed or aborted now."""
+        now = utc_now()
+        self._write(
+            "update jobs set state = ?2, reason = ?3, started = case when ?2 = 'running' then coalesce(started, ?4) "
+            "else started end, finished = case when ?2 in ('waiting', 'running') then null else ?4 end where name = ?1",
+            job, state, reason, now,
+        )  # fmt: skip
 
     def finish(self, job: str) -> None:
-        """Note that a job is finished."""
-        self._write("update jobs set finished = ? where name = ?", utc_now(), job)
+        """Note that a job is done."""
+        self.move(job, "done")
+
+    def reopen(self) -> None:
+        """Have the jobs of the server's own file that had failed, or were running, wait again: the server starts anew."""
+        self._write("update jobs set state = 'waiting' where origin = 'file' and state in ('running', 'failed')")
+
+    def state_of(self, job: str) -> str | None:
+        """Return how a job stands, or None if there is none of this name."""
+        rows = self._read("select state from jobs where name = ?", job)
+        return rows[0][0] if rows else None
+
+    def jobs(self) -> list[JobRow]:
+        """Return all jobs in the order in which they came."""
+        columns = ", ".join(JobRow._fields)
+        return [JobRow(*row) for row in self._read(f"select {columns} from jobs order by rowid")]
+
+    def runs(self, job: str) -> dict[str, Progress]:
+        """Return how far each run of a job has come."""
+        names = [name for (name,) in self._read("select run from runs where job = ? order by run", job)]
+        return {name: found for name in names if (found := self.progress(job, name))}
 
     def note(self, job: str, key: str, value: Any) -> None:
         """Keep something that a job found out; `value` is anything that msgspec can encode."""

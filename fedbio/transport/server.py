@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -56,6 +56,8 @@ class ServerEndpoint(Endpoint):
         Called with a site's name and what has become of it; one call at a time, in order, before its messages.
     sinks : mapping of str to callable, optional
         For a topic, what makes the sink of a message's payload; see `fedbio.transport.sinks`.
+    many : collection of str
+        Names under which several processes may be here at once; each is a peer of its own, ``NAME:ID``.
     schemes : callable, optional
         Given what is known of a message, returns the quantization schemes in which its model may come; all by default.
     on_progress : callable, optional
@@ -88,10 +90,12 @@ class ServerEndpoint(Endpoint):
         heartbeat_s: float = 5.0,
         driver: str = "grpc",
         schemes: Agreed | None = None,
+        many: Collection[str] = (),
     ) -> None:
         super().__init__(name, spool, on_message, sinks, on_progress, limits, heartbeat_s, schemes)
         credentials.check()
         self._on_peer = on_peer
+        self._many = frozenset(many)
         self._peers: dict[str, _Peer] = {}
         self._lock = threading.Lock()
         self._listener = drivers.load(driver).listen(address, credentials, limits)
@@ -166,11 +170,11 @@ class ServerEndpoint(Endpoint):
         with peer.carrying:
             presence = Presence.BACK if resumed else Presence.ARRIVED
             log.info("site %s peer=%s address=%s", presence.value, connection.peer, connection.address)
-            self._tell(connection.peer, peer, presence)
+            self._tell(peer.session.peer, peer, presence)
             reason = peer.session.carry(connection, hello.window)
             presence = Presence.LOST if peer.session.over is None else Presence.GONE
             log.info("site %s peer=%s reason=%s", presence.value, connection.peer, reason)
-            self._tell(connection.peer, peer, presence)
+            self._tell(peer.session.peer, peer, presence)
 
     def _admit(self, connection: Connection, hello: handshake.Hello) -> tuple[_Peer, bool]:
         """Enter a connection under its certificate's name, unless another process lives under it.
@@ -184,6 +188,9 @@ class ServerEndpoint(Endpoint):
         name = connection.peer
         if not NAME.fullmatch(name):
             raise RefusedError(f"the certificate's name {name[:63]!r} is not one of a party (a-z, 0-9, hyphens)")
+        if name in self._many:
+            # no name of a certificate has a colon in it
+            name = f"{name}:{hello.instance.hex()}"
         while True:
             with self._lock:
                 first = self._peers.get(name)

@@ -57,5 +57,5 @@ def test_foreign_and_future_files_are_refused(tmp_path: Path) -> None:
     state = State(tmp_path / "b")
     state._write("pragma user_version = 7")
     state.close()
-    with pytest.raises(FormatError, match="state of version 7, this release reads version 1"):
+    with pytest.raises(FormatError, match="state of version 7, this release reads version 2"):
         State(tmp_path / "b")
