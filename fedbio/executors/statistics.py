@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ["Describe", "SumMoments", "abstains"]
+__all__ = ["CountProteins", "Describe", "SumMoments", "abstains"]
 
+import bisect
+import itertools
 import logging
+from collections import Counter
 from typing import ClassVar
 
 from fedbio.classifier import moments
 from fedbio.executors.shelf import Shelf
+from fedbio.executors.suppression import suppress
 from fedbio.federation.executor import Executor, SiteContext
 from fedbio.federation.model import WEIGHT, FLModel, Task
+from fedbio.federation.workflows.counting import COUNT, SPLITS, Counted, CountSpec
 from fedbio.federation.workflows.study import Description, Study, meta, read_meta
+from fedbio.proteins import read
 
 log = logging.getLogger(__name__)
+
+TRAIN, VALIDATION, TEST = SPLITS
 
 
 class Describe(Executor):
@@ -52,6 +60,45 @@ class SumMoments(Executor):
             return FLModel(meta={WEIGHT: 0})
         found = moments(features)
         return FLModel(params={"sum": found.total, "squares": found.squares}, meta={WEIGHT: found.count})
+
+
+class CountProteins(Executor):
+    """Counts the site's proteins by class and split, and by length; needs no embeddings.
+
+    Both tables count every protein once, and neither a total nor a count below the job's `min_count` leaves the site:
+    see `fedbio.executors.suppression.suppress` for what is held back with them, what that guarantees and what not.
+    """
+
+    name: ClassVar[str] = COUNT
+    kind: ClassVar[str] = "statistics"
+    leaves: ClassVar[str] = "counts"
+
+    def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
+        """Return the counts that may be told; the file is read once, protein by protein."""
+        spec = read_meta(model.meta, CountSpec)
+        spec.check()
+        classes: Counter[tuple[str | None, str]] = Counter()
+        lengths: Counter[int] = Counter()
+        for protein in read(context.data, labels=context.labels, classes=spec.classes):
+            split = TEST if protein.set == TEST else VALIDATION if protein.validation else TRAIN
+            classes[protein.target, split] += 1
+            lengths[bisect.bisect_left(spec.length_bins, len(protein.sequence))] += 1
+        rows = (*spec.classes, None)
+        told = suppress(
+            {cell: classes[cell] for cell in itertools.product(rows, SPLITS)}, spec.min_count, salt=context.site
+        )
+        told_lengths = suppress(
+            {place: lengths[place] for place in range(len(spec.length_bins) + 1)}, spec.min_count, salt=context.site
+        )
+        counted = Counted([[told[row, split] for split in SPLITS] for row in rows], list(told_lengths.values()))
+        by_class, by_length = counted.held_back
+        log.info("counted held_back_by_class=%d held_back_by_length=%d", by_class, by_length)
+        if by_class or by_length:
+            context.remark(
+                f"{context.site} held back {by_class} of {len(told)} counts by class and split and {by_length} of "
+                f"{len(told_lengths)} by length: those below {spec.min_count}, and others that would give them away."
+            )
+        return FLModel(meta=meta(counted))
 
 
 def abstains(count: int, study: Study, task: str, context: SiteContext) -> bool:
