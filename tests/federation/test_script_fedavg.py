@@ -214,6 +214,29 @@ def test_server_optimizer_takes_the_mean_change_as_a_gradient(runs: Runs) -> Non
         np.testing.assert_allclose(found[name], value, rtol=1e-4)
 
 
+@pytest.mark.parametrize("optimizer", [None, {"name": "sgd", "learning_rate": 1.0}])
+def test_models_keep_the_dtypes_in_which_sites_make_them(runs: Runs, optimizer: dict[str, Any] | None) -> None:
+    begin = {"w": np.zeros(2), "half": np.zeros((), np.float16), "bn.num_batches_tracked": np.array(7)}
+    dtypes = {name: value.dtype for name, value in begin.items()}
+
+    def train_in_dtypes(model: FLModel, context: SiteContext) -> FLModel:
+        assert {name: value.dtype for name, value in model.params.items()} == dtypes
+        params = {name: np.asarray(value + 1, value.dtype) for name, value in model.params.items()}
+        return FLModel(params=params, meta={WEIGHT: EXAMPLES_OF[context.site]})
+
+    for site in SITES:
+        runs.executors[site] = executors(
+            init=lambda *_: FLModel(params=begin),
+            train=train_in_dtypes,
+            evaluate=lambda *_: FLModel(metrics={"accuracy": 0.5}),
+        )
+    found = runs.run(optimizer=optimizer)
+    assert {name: value.dtype for name, value in found.items()} == dtypes
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "w": [4.0, 4.0], "half": 4.0, "bn.num_batches_tracked": 11
+    }  # fmt: skip
+
+
 def test_scaffold_moves_the_control_variate_by_the_sites_changes(runs: Runs) -> None:
     seen: dict[int, np.ndarray[Any, Any]] = {}
 

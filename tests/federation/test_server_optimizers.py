@@ -7,7 +7,7 @@ import pytest
 
 from fedbio.errors import FederationError
 from fedbio.federation.workflows import server_optimizers
-from fedbio.federation.workflows.server_optimizers import ServerOptimization, is_trained
+from fedbio.federation.workflows.server_optimizers import ServerOptimization, in_dtypes_of, is_trained
 from fedbio.settings_jobs import ServerOptimizer
 from fedbio.tensors import open_file, write_file
 
@@ -156,6 +156,40 @@ def test_integers_get_the_change_and_stay_integers(values: Array, change: Array,
     assert state == {}
 
 
+def test_means_come_back_in_the_dtypes_of_the_model() -> None:
+    model = {
+        "w": np.zeros(2),
+        "half": np.zeros((), np.float16),
+        "single": np.zeros(1, F),
+        "n": np.zeros(2, np.int64),
+        "byte": np.zeros(2, np.uint8),
+        "mask": np.zeros(2, bool),
+    }
+    mean = {
+        "w": np.array([0.1, 2], F),
+        "half": np.array(0.1, F),
+        "single": np.ones(1, F),
+        "n": np.array([2.6, -7], F),
+        "byte": np.array([300, -3], F),
+        "mask": np.array([0.7, 0.3], F),
+    }
+    cast = in_dtypes_of(model, mean)
+    assert {name: each.dtype for name, each in cast.items()} == {name: each.dtype for name, each in model.items()}
+    assert cast["w"].tolist() == mean["w"].tolist()
+    assert cast["half"] == np.float16(0.1)
+    assert cast["single"].tolist() == [1]
+    assert cast["n"].tolist() == [3, -7]
+    assert cast["byte"].tolist() == [255, 0]
+    assert cast["mask"].tolist() == [True, False]
+
+
+def test_means_that_are_too_large_for_the_model_are_refused() -> None:
+    with pytest.raises(FederationError, match="values of 'w' are beyond what float16 holds"):
+        in_dtypes_of({"w": np.zeros(1, np.float16)}, {"w": np.array([1e6], F)})
+    with pytest.raises(FederationError, match="the mean of the integers 'n' is off by"):
+        in_dtypes_of({"n": np.zeros(1, np.int64)}, {"n": np.array([1e30], F)})
+
+
 def test_running_statistics_get_the_change_and_stay_positive() -> None:
     model = {"bn.running_var": np.array([0.01], F), "bn.weight": np.array([0.01], F)}
     change = {"bn.running_var": np.array([-0.001], F), "bn.weight": np.array([-0.001], F)}
@@ -199,7 +233,7 @@ def test_steps_that_would_poison_the_model_end_with_advice() -> None:
     # the step itself would be finite, but never again move
     with pytest.raises(FederationError, match="values of 'second_moment/w' that are not finite"):
         ServerOptimization(optimizer("adagrad")).step({"w": np.ones(2, F)}, {"w": np.full(2, 1e30, F)}, None)
-    with pytest.raises(FederationError, match="the mean change of the integers 'n'"):
+    with pytest.raises(FederationError, match="the mean of the integers 'n'"):
         ServerOptimization(optimizer("sgd")).step({"n": np.array(1)}, {"n": np.array(1e30, F)}, None)
 
 

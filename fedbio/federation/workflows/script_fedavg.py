@@ -26,7 +26,7 @@ from fedbio.federation.workflows.fedavg import FedAvg, Outcome
 from fedbio.federation.workflows.robust import coordinate_median, krum, norm_outliers, trimmed_mean
 from fedbio.federation.workflows.scaffold import COUNTED, initial_control, split_control, updated_control, with_control
 from fedbio.federation.workflows.script import EVALUATE, INIT, TRAIN
-from fedbio.federation.workflows.server_optimizers import ServerOptimization
+from fedbio.federation.workflows.server_optimizers import ServerOptimization, in_dtypes_of
 from fedbio.files import sha256_file, whole_file, write_whole
 from fedbio.settings_jobs import FedAvgJob
 from fedbio.tensors import manifest, open_file, weighted_mean
@@ -186,6 +186,8 @@ class ScriptFedAvg(FedAvg):
         if self.optimization is not None:
             change = {name: value - model.params[name] for name, value in combined.items()}
             combined, parts[OPTIMIZER] = self.optimization.step(model.params, change, parts.get(OPTIMIZER))
+        else:
+            combined = in_dtypes_of(model.params, combined)
         # what a filter held back stays as it was
         return self.model(FLModel(params={**model.params, **combined}), model.current_round + 1)
 

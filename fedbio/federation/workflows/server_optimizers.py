@@ -7,7 +7,7 @@ correction of bias, and with the second moment beginning at the square of `tau`.
 
 from __future__ import annotations
 
-__all__ = ["ServerOptimization", "is_trained"]
+__all__ = ["ServerOptimization", "in_dtypes_of", "is_trained"]
 
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +35,29 @@ STATISTICS = ("running_mean", "running_var")
 def is_trained(name: str, dtype: np.dtype[Any]) -> bool:
     """Return whether a tensor is a parameter that gradients change, as far as name and dtype tell."""
     return dtype.kind == "f" and name.rpartition(".")[2] not in STATISTICS
+
+
+def in_dtypes_of(model: Parameters, combined: Parameters) -> Parameters:
+    """Return what was made of several models in the dtypes of one of them; integers are rounded.
+
+    Means are float32, whatever was averaged; the sites get a model in the dtypes in which they made it.
+
+    Raises
+    ------
+    FederationError
+        If a value is too large for its dtype.
+    """
+    cast: Parameters = {}
+    for name, values in combined.items():
+        dtype = model[name].dtype
+        if dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                cast[name] = values.astype(dtype, copy=False)
+            if not is_finite(cast[name]) and is_finite(values):
+                raise FederationError(f"values of {name!r} are beyond what {dtype} holds; look at the sites' logs")
+        else:
+            cast[name] = values >= 0.5 if dtype.kind == "b" else _within(_whole(name, values), dtype)
+    return cast
 
 
 class ServerOptimization:
@@ -167,12 +190,20 @@ class ServerOptimization:
 
 def _counted(name: str, values: Array, change: Array) -> Array:
     """Add a change to integers or truth values, rounded and kept within what their dtype holds."""
-    wide = change.astype(np.float64)
+    if values.dtype.kind == "b":
+        return np.asarray(values + change.astype(np.float64) >= 0.5)
+    total = values.astype(np.int64) + _whole(name, change)
+    return _within(total, values.dtype)
+
+
+def _whole(name: str, values: Array) -> NDArray[np.int64]:
+    wide = values.astype(np.float64)
     # beyond it float64 does not hold every integer, and a cast to int64 may not be defined
     if not (np.abs(wide) < 2**53).all():
-        raise FederationError(f"the mean change of the integers {name!r} is 2**53 or more; look at the sites' logs")
-    if values.dtype.kind == "b":
-        return np.asarray(values + wide >= 0.5)
-    limits = np.iinfo(values.dtype)
-    total = values.astype(np.int64) + np.rint(wide).astype(np.int64)
-    return np.asarray(np.clip(total, limits.min, min(limits.max, np.iinfo(np.int64).max)).astype(values.dtype))
+        raise FederationError(f"the mean of the integers {name!r} is off by 2**53 or more; look at the sites' logs")
+    return np.rint(wide).astype(np.int64)
+
+
+def _within(values: NDArray[np.int64], dtype: np.dtype[Any]) -> Array:
+    limits = np.iinfo(dtype)
+    return np.asarray(np.clip(values, limits.min, min(limits.max, np.iinfo(np.int64).max)).astype(dtype))
