@@ -78,6 +78,23 @@ def test_sites_reach_the_joint_optimum_where_federated_averaging_settles_beside_
     np.testing.assert_allclose(control["x"], own.mean(axis=0), atol=1e-5)
 
 
+def test_weights_of_sites_are_those_of_their_losses() -> None:
+    weights = {"site-0": 10.0, "site-1": 30.0, "site-2": 60.0}
+    share = np.array([[0.1], [0.3], [0.6]]) * CURVATURES
+    x, own = np.zeros(2), np.zeros((3, 2))
+    control = initial_control({"x": np.zeros(2)})
+    for number in range(300):
+        sites = [each for each in range(3) if each != number % 4]
+        trained = {site: train(site, x, control["x"].astype(float), own[site]) for site in sites}
+        changes = [(f"site-{site}", {"x": (after - own[site]).astype(F)}) for site, (_, after) in trained.items()]
+        control = updated_control(control, changes, 3, weights=weights)
+        for site, (_, change) in zip(sites, changes, strict=True):
+            own[site] += change["x"]
+        # however models are averaged
+        x = np.mean([y for y, _ in trained.values()], axis=0)
+    np.testing.assert_allclose(x, (share * OPTIMA).sum(axis=0) / share.sum(axis=0), atol=1e-4)
+
+
 def test_order_of_arrival_leaves_no_trace() -> None:
     dice = np.random.default_rng(1)
     control = {"w": dice.standard_normal(100).astype(F)}

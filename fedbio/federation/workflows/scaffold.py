@@ -13,14 +13,14 @@ from __future__ import annotations
 
 __all__ = ["CONTROL", "COUNTED", "initial_control", "split_control", "updated_control", "with_control"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from fedbio.errors import FederationError
 from fedbio.federation.model import Parameters
 from fedbio.federation.workflows.server_optimizers import is_trained
-from fedbio.tensors.combine import MEAN_DTYPE, BlockMean, aligned
+from fedbio.tensors.combine import MEAN_DTYPE, BlockMean, aligned, shares
 
 CONTROL = "scaffold/"
 """Before the names of the model's tensors: the control variate of each, or its change."""
@@ -60,9 +60,16 @@ def split_control(params: Parameters) -> tuple[Parameters, Parameters]:
 
 
 def updated_control(
-    control: Parameters, control_changes: Sequence[tuple[str, Parameters]], sites_in_all: int
+    control: Parameters,
+    control_changes: Sequence[tuple[str, Parameters]],
+    sites_in_all: int,
+    *,
+    weights: Mapping[str, float] | None = None,
 ) -> Parameters:
     """Return the next `c`: the sum of the sites' changes over the number of *all* sites, added to the last one.
+
+    Once the variates are right, every site walks along `c`, and so the common optimum is that of the losses as `c`
+    weighs them, however the models are averaged.
 
     Parameters
     ----------
@@ -71,6 +78,8 @@ def updated_control(
         The changes of those whose models were averaged in this round, in any order.
     sites_in_all : int
         The sites of the job, whether they took part in this round or not.
+    weights : mapping of str to float, optional
+        The weight of each site's loss, of *all* sites, the same in every round. The paper's are all the same.
 
     Returns
     -------
@@ -85,7 +94,9 @@ def updated_control(
         raise ValueError(f"{len(control_changes)} sites changed the variate, but there are {sites_in_all} in all")
     # the server's own comes first: no site has an empty name
     ordered = aligned([("", control, 1.0), *((site, change, 1.0) for site, change in control_changes)])
-    add = BlockMean([1.0, *[1 / sites_in_all] * len(control_changes)])
+    changed = [site for site, _, _ in ordered[1:]]
+    parts = dict.fromkeys(changed, 1 / sites_in_all) if weights is None else shares(weights)
+    add = BlockMean([1.0, *(parts[site] for site in changed)])
     updated = {}
     for name, each in control.items():
         updated[name] = np.empty(each.shape, MEAN_DTYPE)
