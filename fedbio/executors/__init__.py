@@ -12,16 +12,26 @@ def registry() -> dict[str, Executor]:
     from fedbio.executors.embed import Embed, Weights
     from fedbio.executors.projection import Project, Scatter, ShowMap
     from fedbio.executors.publish import Publish
+    from fedbio.executors.script import (
+        Deploy,
+        EndScript,
+        EvaluateScript,
+        InitializeScript,
+        Scripts,
+        SubmitModel,
+        TrainScript,
+    )
     from fedbio.executors.shelf import Shelf
-    from fedbio.executors.statistics import Describe, SumMoments
+    from fedbio.executors.statistics import CountProteins, Describe, SumMoments
     from fedbio.executors.training import Evaluate, Initialize, Train, TrainAlone, Validate
 
-    shelf = Shelf()
+    shelf, scripts = Shelf(), Scripts()
     executors: list[Executor] = [
         Weights(),
         Embed(),
         Describe(shelf),
         SumMoments(shelf),
+        CountProteins(),
         Initialize(),
         Train(shelf),
         Validate(shelf),
@@ -31,6 +41,12 @@ def registry() -> dict[str, Executor]:
         Scatter(shelf),
         Project(shelf),
         ShowMap(),
+        Deploy(scripts),
+        InitializeScript(scripts),
+        TrainScript(scripts),
+        EvaluateScript(scripts),
+        SubmitModel(scripts),
+        EndScript(scripts),
     ]
     return {each.name: each for each in executors}
 
