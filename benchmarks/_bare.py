@@ -98,7 +98,7 @@ def _pems(kit: str) -> tuple[bytes, bytes, bytes]:
     return tuple((folder / name).read_bytes() for name in ("ca.pem", "certificate.pem", "private.key"))  # type: ignore[return-value]
 
 
-def grpc_listen(state: dict[str, Any], kit: str, options: tuple[tuple[str, int], ...] = ()) -> int:
+def grpc_listen(state: dict[str, Any], kit: str, options: tuple[tuple[str, int], ...] = (), *, workers: int = 2) -> int:
     """Serve the loops; return the port."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from concurrent import futures
@@ -123,7 +123,7 @@ def grpc_listen(state: dict[str, Any], kit: str, options: tuple[tuple[str, int],
             return grpc.stream_stream_rpc_method_handler(exchange)
 
     ca, certificate, key = _pems(kit)
-    server = grpc.server(futures.ThreadPoolExecutor(2), handlers=[Service()], options=[*GRPC_OPTIONS, *options])
+    server = grpc.server(futures.ThreadPoolExecutor(workers), handlers=[Service()], options=[*GRPC_OPTIONS, *options])
     port: int = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, certificate)], ca, True))
     server.start()
     state["grpc server"] = server
