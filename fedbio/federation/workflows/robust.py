@@ -51,8 +51,7 @@ def coordinate_median(updates: Updates) -> Parameters:
 
     def median(values: NDArray[np.float64], out: NDArray[Any]) -> None:
         values.sort(axis=0)
-        # halves first: the sum of two large values may be beyond the largest
-        out[:] = values[low] if low == high else values[low] / 2 + values[high] / 2
+        out[:] = (values[low] + values[high]) / 2
 
     return _by_coordinate(updates, median)
 
