@@ -102,6 +102,11 @@ class Deploy(Executor):
     def abandon(self, job: str) -> None:
         self.scripts.forget(job, politely=False)
 
+    @property
+    def at_rest(self) -> bool:
+        # a script keeps what it likes, and where it likes
+        return not self.scripts.jobs()
+
     def close(self) -> None:
         for job in self.scripts.jobs():
             self.scripts.forget(job, politely=True)

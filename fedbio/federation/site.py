@@ -196,8 +196,7 @@ class Site:
                         pass
                     self.leave()
                 finally:
-                    self._over = True
-                    self._close_executors()
+                    self.close()
             party.finish(LIBRARIES)
         log.info("done, everything this site keeps is in %s", self.workspace)
 
@@ -243,7 +242,8 @@ class Site:
     def at_rest(self) -> bool:
         """Whether another object could go on in this one's workspace, and nothing would be lost."""
         resting = all(executor.at_rest for executor in self.executors.values())
-        return resting and self._inbox.empty() and not self._dropped and not self._packer.keeps
+        keeps = self._dropped or self._failure is not None or self._packer.keeps
+        return resting and not keeps and self._inbox.empty()
 
     @property
     def failure(self) -> FedbioError | None:
@@ -254,7 +254,17 @@ class Site:
         """Say goodbye."""
         self._reporter.close()
         self._say_goodbye()
+
+    def put_away(self) -> None:
+        """Give back what this object holds, see `at_rest`."""
+        self._reporter.close()
+        self.close()
+
+    def close(self) -> None:
+        """Stop what still runs here; nothing is heard any more."""
         self._over = True
+        for executor in self.executors.values():
+            executor.close()
 
     # on the transport's threads
 
@@ -345,10 +355,6 @@ class Site:
             raise self._failure or FederationError(f"job {done.job} has {done.state}: {done.reason}")
         self._jobs_left.discard(done.job)
         return not self.jobs or bool(self._jobs_left)
-
-    def _close_executors(self) -> None:
-        for executor in self.executors.values():
-            executor.close()
 
     def _drop(self, done: JobDone) -> None:
         """Stop what is done or waits for a job that has come to an early end; called while a task may be done."""
