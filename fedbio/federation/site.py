@@ -263,8 +263,7 @@ class Site:
     def close(self) -> None:
         """Stop what still runs here; nothing is heard any more."""
         self._over = True
-        for executor in self.executors.values():
-            executor.close()
+        self._close_executors()
 
     # on the transport's threads
 
@@ -355,6 +354,10 @@ class Site:
             raise self._failure or FederationError(f"job {done.job} has {done.state}: {done.reason}")
         self._jobs_left.discard(done.job)
         return not self.jobs or bool(self._jobs_left)
+
+    def _close_executors(self) -> None:
+        for executor in self.executors.values():
+            executor.close()
 
     def _drop(self, done: JobDone) -> None:
         """Stop what is done or waits for a job that has come to an early end; called while a task may be done."""
