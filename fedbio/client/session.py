@@ -68,6 +68,16 @@ class Session:
         """The name of the task that was received last, or empty."""
         return "" if self._task is None else self._task.name.removeprefix(PREFIX)
 
+    @property
+    def has_model(self) -> bool:
+        """Whether there is a model that was received and is not answered yet."""
+        return self._model is not None
+
+    @property
+    def over(self) -> bool:
+        """Whether there will be no more models."""
+        return self._over
+
     def receive(self, timeout_s: float | None) -> FLModel | None:
         """Return the model of the task at hand, or wait for the next one; None if none comes."""
         if self.initial:

@@ -1,0 +1,160 @@
+"""The Client API for Hugging Face: `patch` a ``Trainer``, and ``evaluate`` and ``train`` take part in a federation.
+
+The usual script::
+
+    import fedbio.client.huggingface as flare
+
+    flare.patch(trainer)
+    while flare.is_running():
+        flare.receive()
+        trainer.evaluate()  # the global model; its metrics choose the best round: `selection: {metric: eval_accuracy}`
+        trainer.train()     # trains it and sends the result
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "FLCallback",
+    "FLModel",
+    "ParamsType",
+    "get_job_id",
+    "get_site_name",
+    "init",
+    "is_running",
+    "log",
+    "patch",
+    "receive",
+    "shutdown",
+    "system_info",
+]
+
+import functools
+from typing import Any
+
+from torch.nn import Module
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from fedbio.client.api import get_job_id, get_site_name, init, is_running, log, receive, shutdown, system_info
+from fedbio.client.exchange import Exchange
+from fedbio.client.model import FLModel, ParamsType
+
+META = "__fl_meta__"
+"""Attribute of a model, a dict: what goes to the server as the model's meta."""
+
+_OF_THE_MACHINE = ("_runtime", "_per_second", "_preparation_time")
+"""Endings of what a trainer measures beside the model."""
+
+
+class FLCallback(TrainerCallback):
+    """Takes the global model before a training, and sends what it has become after it.
+
+    Alone, ``Trainer(callbacks=[FLCallback()])``, it serves a script that only trains. What measures models needs
+    `patch`: a trainer tells its callbacks of an evaluation only when it is over.
+
+    Parameters
+    ----------
+    load_state_dict_strict : bool
+        Whether the global model must have exactly the model's parameters.
+    """
+
+    def __init__(self, load_state_dict_strict: bool = True) -> None:
+        self._strict = load_state_dict_strict
+        self._exchange: Exchange | None = None
+
+    def exchange(self, args: TrainingArguments) -> Exchange:
+        """Return this script's exchange with its site."""
+        if self._exchange is None:
+            self._exchange = Exchange(self._strict, args.process_index)
+        return self._exchange
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Module, **_: Any
+    ) -> None:
+        exchange = self.exchange(args)
+        exchange.begin(model)
+        exchange.must_train()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Module, **_: Any
+    ) -> None:
+        exchange = self.exchange(args)
+        if exchange.task == "train":
+            meta = getattr(model, META, {})
+            if not isinstance(meta, dict):
+                raise TypeError(f"{META} of {type(model).__name__} is a {type(meta).__name__}, and must be a dict")
+            exchange.trained(model, meta)
+
+
+def patch(trainer: Trainer, restore_state: bool = True, load_state_dict_strict: bool = True) -> None:
+    """Make a trainer take part: it loads global models, and sends what it trains and measures.
+
+    ``trainer.evaluate`` measures the model that was received, ``trainer.train`` trains it; a task that asks only for
+    the one is answered by it, and the other does nothing. Outside of tasks, such as after the last round, the trainer
+    does what it always does. Each round trains for the arguments' ``num_train_epochs`` or ``max_steps``, with the learning
+    rate's schedule from its beginning. The weight of the result is the number of examples that the site has registered,
+    unless the model's attribute ``__fl_meta__``, a dict, has a ``"NUM_STEPS_CURRENT_ROUND"`` or ``"weight"``.
+
+    Parameters
+    ----------
+    trainer : transformers.Trainer
+    restore_state : bool
+        Whether the optimizer's state lives on from round to round at this site.
+    load_state_dict_strict : bool
+        Whether the global model must have exactly the model's parameters.
+
+    Raises
+    ------
+    SettingsError
+        If no site has started this script.
+    """
+    callbacks = trainer.callback_handler.callbacks
+    if any(isinstance(each, _Patched) for each in callbacks):
+        return
+    trainer.remove_callback(FLCallback)
+    callback = _Patched(load_state_dict_strict)
+    exchange = callback.exchange(trainer.args)
+    trainer.add_callback(callback)
+    evaluate, train, given = trainer.evaluate, trainer.train, trainer.optimizer is not None
+    within = False
+
+    @functools.wraps(evaluate)
+    def evaluate_global(*args: Any, **kwargs: Any) -> dict[str, float]:
+        nonlocal within
+        # within a training it measures the site's own model; for several data sets it calls itself
+        if within or trainer.is_in_train:
+            return evaluate(*args, **kwargs)
+        within = True
+        try:
+            exchange.begin(_module(trainer))
+            metrics = evaluate(*args, **kwargs)
+        finally:
+            within = False
+        exchange.measured(_module(trainer), _of_the_model(metrics))
+        return metrics
+
+    @functools.wraps(train)
+    def train_global(*args: Any, **kwargs: Any) -> TrainOutput:
+        exchange.begin(_module(trainer))
+        if exchange.answered():
+            return TrainOutput(trainer.state.global_step, 0.0, {})
+        if not restore_state and not given:
+            # it makes a new one
+            trainer.optimizer = None
+        return train(*args, **kwargs)
+
+    trainer.evaluate = evaluate_global  # type: ignore[method-assign]
+    trainer.train = train_global  # type: ignore[method-assign]
+
+
+class _Patched(FLCallback):
+    """The callback of `patch`."""
+
+
+def _module(trainer: Trainer) -> Module:
+    assert trainer.model is not None, "a trainer makes one if it was given none"
+    return trainer.model
+
+
+def _of_the_model(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.endswith(_OF_THE_MACHINE) and name != "epoch"}
