@@ -112,7 +112,7 @@ def system_info() -> dict[str, Any]:
     -------
     dict
         ``site_name``, ``job_id``, ``data`` (path of the site's proteins), ``workspace`` (a folder for the script's own
-        files, which stays), ``device``, ``rounds``, ``workflow``, and, or None, ``labels``, ``embeddings``, ``threads``.
+        files, which stays), ``device``, ``rounds``, ``workflow``; ``labels``, ``embeddings`` and ``threads``, or None.
     """
     return dict(current().about)
 

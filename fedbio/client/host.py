@@ -153,9 +153,13 @@ class SocketHost(Host):
             self._on_event(Rejected(task.id, str(error)))
 
     def say_end(self) -> None:
+        # not waited for: a script that ends at once does not say that it has heard it
+        threading.Thread(target=self._say_end, name="end-to-script", daemon=True).start()
+
+    def _say_end(self) -> None:
         if self._here.is_set():
             with contextlib.suppress(TransportError):
-                self._endpoint.send(SCRIPT, END, timeout_s=5.0)
+                self._endpoint.send(SCRIPT, END)
 
     def close(self) -> None:
         self._over = True

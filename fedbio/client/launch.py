@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["Ending", "Run", "RunningProcess", "RunningThread", "process_command", "run_in_thread"]
+__all__ = ["Ending", "Run", "RunningProcess", "RunningThread", "as_program", "process_command", "run_in_thread"]
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import threading
 import traceback
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from fedbio.client.session import leave, offer
 from fedbio.errors import FederationError
 from fedbio.processes import KILL_ALL, guard_command
 
-LAST_LINES = 12
+LAST_LINES = 20
 """Lines of a failed script that the site's log shows."""
 
 READ_BYTES = 64 << 10
@@ -31,7 +32,8 @@ SHOWN_CHARACTERS = 300
 """Characters of an exception's message that others may see."""
 
 _TRACEBACK = "Traceback (most recent call last)"
-_RANK = re.compile(r"^\[rank\d+\]:\s?")
+_RANK = re.compile(r"\[rank(\d+)\]:\s?")
+_CULPRIT, _NAMED_RANK = "Root Cause", re.compile(r"\s+rank\s*: (\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +78,23 @@ class Run(ABC):
 
     def exception(self) -> str:
         """Return the last line of the exception that ended it, cut short; empty if it wrote none."""
-        found, inside = "", False
+        found, rank, last = {}, "", ""
+        inside = at_fault = False
         for line in self._lines():
-            bare = _RANK.sub("", line)
+            prefix = _RANK.match(line)
+            bare = line[prefix.end() :] if prefix else line
             if bare.startswith(_TRACEBACK):
                 inside = True
-            elif inside and bare and not bare.startswith((" ", "\t")):
+            elif inside and not bare.startswith((" ", "\t")):
                 inside = False
                 # torchrun's own exception says nothing of the rank's
                 if "ChildFailedError" not in bare:
-                    found = bare
-        return found[:SHOWN_CHARACTERS]
+                    last = found[prefix.group(1) if prefix else ""] = bare
+            at_fault |= line.startswith(_CULPRIT)
+            if at_fault and (named := _NAMED_RANK.match(line)):
+                rank = named.group(1)
+        # one rank's exception makes the others fail too
+        return found.get(rank, last)[:SHOWN_CHARACTERS]
 
     def _lines(self) -> list[str]:
         if not self.log.exists():
@@ -214,17 +222,15 @@ _own_argv: list[str] = []
 """Those of this process itself, while scripts run in it."""
 
 
-def run_in_thread(script: Path, arguments: Sequence[str]) -> None:
-    """Run a script on this thread as if it were the program.
+@contextlib.contextmanager
+def as_program(script: Path, arguments: Sequence[str]) -> Iterator[None]:
+    """Let code on this thread import from a script's folder, and see the script's arguments.
 
     Raises
     ------
     FederationError
         If a script with other arguments runs in this process: all of it has one `sys.argv`.
     """
-    # not runpy.run_path: it would put the script into the place of this process's own __main__, for all threads
-    module = types.ModuleType("__main__")
-    module.__file__ = str(script)
     folder, thread = str(script.parent), threading.get_ident()
     with _lock:
         if any(other != arguments for other in _running.values()):
@@ -237,7 +243,7 @@ def run_in_thread(script: Path, arguments: Sequence[str]) -> None:
         sys.argv[:] = [str(script), *arguments]
         sys.path.insert(0, folder)
     try:
-        exec(compile(script.read_bytes(), str(script), "exec"), module.__dict__)  # noqa: S102 - the site allows it
+        yield
     finally:
         with _lock:
             del _running[thread]
@@ -245,6 +251,14 @@ def run_in_thread(script: Path, arguments: Sequence[str]) -> None:
             if not _running:
                 sys.argv[:] = _own_argv
             forget_modules(script.parent)
+
+
+def run_in_thread(script: Path) -> None:
+    """Run a script on this thread as if it were the program."""
+    # not runpy.run_path: it would put the script into the place of this process's own __main__, for all threads
+    module = types.ModuleType("__main__")
+    module.__file__ = str(script)
+    exec(compile(script.read_bytes(), str(script), "exec"), module.__dict__)  # noqa: S102 - the site allows it
 
 
 def forget_modules(folder: Path) -> None:

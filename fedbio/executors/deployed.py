@@ -19,7 +19,7 @@ import msgspec
 
 from fedbio.client.host import Answered, Event, Host, QueueHost, Rejected, SocketHost, Taken
 from fedbio.client.initial import answer_with_initial
-from fedbio.client.launch import Ending, Run, RunningProcess, RunningThread, process_command, run_in_thread
+from fedbio.client.launch import Ending, Run, RunningProcess, RunningThread, as_program, process_command, run_in_thread
 from fedbio.errors import DataError, FederationError
 from fedbio.federation.executor import SiteContext
 from fedbio.federation.model import FLModel, Task
@@ -235,7 +235,7 @@ class DeployedScript:
             inside = QueueHost(about, conversation.events.put, self._on_metric)
             conversation.host = inside
             conversation.run = RunningThread(
-                self._run_initial if initial else lambda: run_in_thread(self._script, self.spec.arguments),
+                lambda: self._run_here(initial),
                 inside.link,
                 "torch" if self._uses_torch() else "numpy",
                 path,
@@ -267,9 +267,14 @@ class DeployedScript:
             command = process_command(str(self._script), self.spec.arguments, ranks)
         return command
 
-    def _run_initial(self) -> None:
-        file, _, function = str(self.spec.initial).partition(":")
-        answer_with_initial(self._code / file, function)
+    def _run_here(self, initial: bool) -> None:
+        """Run the script, or its function for the initial model, on this thread."""
+        with as_program(self._script, self.spec.arguments):
+            if initial:
+                file, _, function = str(self.spec.initial).partition(":")
+                answer_with_initial(self._code / file, function)
+            else:
+                run_in_thread(self._script)
 
     def _about(self) -> dict[str, Any]:
         context = self._context

@@ -42,7 +42,6 @@ while flare.is_running():
 class ScriptSite:
     """A site of one job."""
 
-    folder: Path
     context: SiteContext
     scripts: Scripts = field(default_factory=Scripts)
     metrics: list[tuple[str, str, float, int | None]] = field(default_factory=list)
@@ -100,25 +99,28 @@ class ScriptSite:
         return (self.context.workspace / "scripts/job-1/script.log").read_text()
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[ScriptSite]:
-    workspace = tmp_path / "workspace"
+def make_context(folder: Path) -> SiteContext:
+    """A site that registers 30 examples and runs whatever the server sends."""
+    workspace = folder / "workspace"
     workspace.mkdir()
-    events = EventLog(workspace, "site-1")
-    context = SiteContext(
+    return SiteContext(
         site="site-1",
         workspace=workspace,
-        data=tmp_path / "proteins.fasta",
+        data=folder / "proteins.fasta",
         record=PartyRecord("site-1", "site", started=utc_now()),
-        events=events,
+        events=EventLog(workspace, "site-1"),
         policy=Policy(code=frozenset({ANY})),
         examples=30,
     )
-    found = ScriptSite(tmp_path, context)
-    context.on_metric = lambda *metric: found.metrics.append(metric)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[ScriptSite]:
+    found = ScriptSite(make_context(tmp_path))
+    found.context.on_metric = lambda *metric: found.metrics.append(metric)
     yield found
     Deploy(found.scripts).close()
-    events.close()
+    found.context.events.close()
 
 
 def alive(process: int) -> bool:
