@@ -4,8 +4,8 @@ Three sites, twenty rounds of the 512-256-128-64 classifier on 768 features. A s
 log; what a round took at the server beyond the slowest site's task is spent outside training. The limit is a bare gRPC
 loop in the same run that moves the same bytes between as many processes, with the same encryption, sums and digests.
 The same run gives the server's start, from the process's to its line ``server listening on ...``, its memory at rest
-and at its peak, and the processor time of a round over all parties. Last, ``fedbio simulate`` is timed from its start to
-the first round's task, with the imports of all sites.
+and at its peak, and the processor time of a round over all parties. Last, ``fedbio simulate`` is timed from its start
+to the first round's task, with the imports of all sites.
 
 The last line of output is one JSON object in the form that README.md describes; the exit code is 0 if all goals are
 met.
