@@ -1,0 +1,403 @@
+"""Reach sites that a few processes of this machine play: what a server of a simulation has in place of a network."""
+
+from __future__ import annotations
+
+__all__ = ["Pool", "PoolEndpoint"]
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from fedbio.errors import FedbioError, FederationError, InputError, PeerUnreachable, RefusedError
+from fedbio.federation import messages
+from fedbio.federation.pool_messages import (
+    Failed,
+    Left,
+    Letter,
+    Mail,
+    Orders,
+    Taken,
+    allow_many_files,
+    decode_mail,
+    lay_out,
+    mapped,
+    poured,
+)
+from fedbio.processes import die_with_parent
+from fedbio.transport import FilePayload, MemorySink, Opening, Payload, Presence, Received, ReceivedPayload, TensorSink
+from fedbio.transport.incoming import Agreed, SinkFactory
+
+log = logging.getLogger(__name__)
+
+LIVES = 5
+"""How often a process of the pool is started before it is given up."""
+
+LEAVE_S = {messages.END: 60.0, messages.ABORT: 3.0}
+"""Seconds in which sites have to end that were told so."""
+
+ERRORS: dict[int, type[FedbioError]] = {1: FedbioError, 2: InputError, 4: RefusedError}
+"""What a site has ended with, by its exit code."""
+
+MEMORY = "/dev/shm"  # noqa: S108 - a folder of the run's own in it, for nobody else to look into
+"""The file system that is in memory."""
+
+LAST_LINES = 8
+"""Lines of a process's log that are shown if it is given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Who plays which sites.
+
+    Parameters
+    ----------
+    orders : Orders
+        With all sites; each process gets its own ones.
+    processes : int
+    environment : mapping of str to str
+        Of the processes.
+    folder : Path
+        For their logs, and for payloads that memory has no room for.
+    """
+
+    orders: Orders
+    processes: int
+    environment: Mapping[str, str]
+    folder: Path
+
+    def endpoint(self, on_failure: Callable[[FedbioError], None]) -> Callable[..., PoolEndpoint]:
+        """Return what a `Server` makes its endpoint with; `on_failure` is told of sites that ended by themselves."""
+
+        def make(address: str, credentials: object, **options: Any) -> PoolEndpoint:
+            # the rest is a network's matter
+            named = {name: options[name] for name in ("on_message", "on_peer", "sinks", "schemes")}
+            return PoolEndpoint(self, on_failure=on_failure, **named)
+
+        return make
+
+
+@dataclass(eq=False)
+class _Process:
+    """One process of the pool; a new one takes its place if it dies."""
+
+    number: int
+    sites: set[str]
+    """Those that it plays."""
+    here: set[str] = field(default_factory=set)
+    """Those of them that have presented themselves."""
+    told: dict[str, str] = field(default_factory=dict)
+    """Those of them that were told to end, and by which topic."""
+    writing: threading.Lock = field(default_factory=threading.Lock)
+    lives: int = 0
+    heard: bool = False
+    popen: subprocess.Popen[bytes] | None = None
+    connection: Connection | None = None
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.number}-"
+
+    def tell(self, message: Mail | Orders) -> None:
+        """Send it a message; `OSError` if it is not there."""
+        with self.writing:
+            if self.connection is None:
+                raise BrokenPipeError("it has ended")
+            self.connection.send_bytes(msgspec.msgpack.encode(message))
+
+
+class PoolEndpoint:
+    """A server's way to sites that are played by a pool of processes.
+
+    A message is handed on once the process has it in its pipe, and a site's payload is taken, checked and answered as
+    one from a network would be. A process that dies takes its sites with it: they are gone, and present themselves
+    anew when the next process plays them, each in its workspace; what they were asked they are asked again.
+
+    Parameters
+    ----------
+    pool : Pool
+    on_message, on_peer, sinks, schemes
+        See `fedbio.transport.ServerEndpoint`.
+    on_failure : callable
+        Told of a site that has ended with an error of its own, or of a process that cannot be kept alive.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        on_message: Callable[[Received], None],
+        on_peer: Callable[[str, Presence], None],
+        sinks: Mapping[str, SinkFactory],
+        schemes: Agreed,
+        on_failure: Callable[[FedbioError], None],
+    ) -> None:
+        self.address = f"a pool of {pool.processes} processes"
+        self._pool = pool
+        self._on_message, self._on_peer, self._on_failure = on_message, on_peer, on_failure
+        self._sinks, self._schemes = dict(sinks), schemes
+        self._changed = threading.Condition()
+        self._closing = False
+        names = sorted(site.name for site in pool.orders.sites)
+        # always the same one: a site's tasks stay in order, and what it has in memory is of use
+        self._processes = [_Process(number, set(names[number :: pool.processes])) for number in range(pool.processes)]
+        self._of = {site: process for process in self._processes for site in process.sites}
+        self._folders: list[str] = []
+        self._laid: weakref.WeakKeyDictionary[Payload, _Laid] = weakref.WeakKeyDictionary()
+
+    def __enter__(self) -> Self:
+        allow_many_files()
+        self._folders = _make_folders(self._pool.folder)
+        for process in self._processes:
+            name = f"pool-{process.number + 1}"
+            threading.Thread(target=self._keep, args=(process,), name=name, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def peers(self) -> tuple[str, ...]:
+        """Return the names of the sites that are here, sorted."""
+        with self._changed:
+            return tuple(sorted(site for process in self._processes for site in process.here))
+
+    def send(
+        self, peer: str, topic: str, body: bytes = b"", payload: Payload | None = None, timeout_s: float | None = None
+    ) -> None:
+        """Hand a message to the process that plays a site.
+
+        Raises
+        ------
+        PeerUnreachable
+            If the site is not here.
+        """
+        process = self._of.get(peer)
+        if process is None or peer not in process.here:
+            raise PeerUnreachable(f"{peer} is not here; {topic} was not sent")
+        if topic in LEAVE_S:
+            process.told[peer] = topic
+        letter = Letter(peer, topic, body)
+        if payload is not None:
+            path = self._lay_out(payload)
+            letter = Letter(peer, topic, body, payload.kind, path, Path(path).stat().st_size)
+        try:
+            process.tell(letter)
+        except OSError as error:
+            raise PeerUnreachable(f"{peer}: the process that plays it has ended") from error
+
+    def close(self) -> None:
+        """Wait for the sites that were told to end, then end all processes; may be called twice."""
+        began = time.monotonic()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._ending(time.monotonic() - began), max(LEAVE_S.values()))
+            self._closing = True
+        for process in self._processes:
+            if process.popen is not None:
+                # it keeps nothing that is not in the workspaces
+                process.popen.kill()
+        for process in self._processes:
+            if process.popen is not None:
+                process.popen.wait()
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _ending(self, seconds: float) -> bool:
+        """Whether a site may still be about to end."""
+        return any(
+            process.popen is not None and process.popen.poll() is None and seconds < LEAVE_S[process.told[site]]
+            for process in self._processes
+            for site in process.sites & process.told.keys()
+        )
+
+    def _lay_out(self, payload: Payload) -> str:
+        """Return the file that a payload is in; it is written once, however many it goes to."""
+        if isinstance(payload, FilePayload):
+            return str(payload.path.absolute())
+        with self._changed:
+            laid = self._laid.setdefault(payload, _Laid())
+        with laid.lock:
+            if not laid.path:
+                laid.path = lay_out(payload, self._folders, "server-")
+                weakref.finalize(payload, _remove, laid.path)
+        return laid.path
+
+    # the processes
+
+    def _start(self, process: _Process) -> Connection | None:
+        """Start a process and return the way to it; None if there shall be none any more."""
+        with self._changed:
+            return None if self._closing else self._started(process)
+
+    def _started(self, process: _Process) -> Connection:
+        ours, theirs = socket.socketpair()
+        path = self._pool.folder / f"process-{process.number + 1}.txt"
+        with theirs, open(path, "ab") as output:
+            process.popen = subprocess.Popen(
+                [sys.executable, "-m", "fedbio.federation.pool_worker", str(theirs.fileno())],
+                env=dict(self._pool.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[theirs.fileno()],
+                # Ctrl-C is for the server alone
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        process.connection, process.heard = Connection(ours.detach()), False
+        process.lives += 1
+        return process.connection
+
+    def _keep(self, process: _Process) -> None:
+        """Have a process play its sites to their end, and another one if it dies.
+
+        All of them are started on this thread, which lives as long: they die with the thread that has started them.
+        """
+        try:
+            while (connection := self._start(process)) is not None:
+                self._listen(process, connection)
+                if not self._bury(process, connection):
+                    return
+        except BaseException as error:
+            log.exception("a process of the pool is lost")
+            self._on_failure(FedbioError(f"a process of the pool is lost: {type(error).__name__}: {error}"))
+
+    def _listen(self, process: _Process, connection: Connection) -> None:
+        """Take what a process says, from its first word to its last."""
+        sites = [site for site in self._pool.orders.sites if site.name in process.sites]
+        orders = msgspec.structs.replace(self._pool.orders, sites=sites, folders=self._folders, prefix=process.prefix)
+        with contextlib.suppress(OSError):
+            process.tell(orders)
+        while (content := _next(connection)) is not None:
+            self._take(process, decode_mail(content))
+
+    def _take(self, process: _Process, mail: Mail) -> None:
+        if isinstance(mail, Letter):
+            self._take_letter(process, mail)
+        elif isinstance(mail, (Left, Failed)):
+            if isinstance(mail, Failed) and mail.own:
+                log.error("site ended site=%s reason=%s", mail.site, mail.reason)
+                kind = ERRORS.get(mail.exit_code, FederationError)
+                self._on_failure(kind(f"{mail.site}: {mail.reason}"))
+            with self._changed:
+                process.sites.discard(mail.site)
+                process.here.discard(mail.site)
+                self._changed.notify_all()
+            self._on_peer(mail.site, Presence.GONE)
+
+    def _take_letter(self, process: _Process, letter: Letter) -> None:
+        if letter.topic == messages.JOIN:
+            process.heard = True
+            with self._changed:
+                process.here.add(letter.site)
+        payload, refusal = None, ""
+        try:
+            if letter.kind:
+                payload = self._received(letter)
+        except FedbioError as error:
+            refusal = str(error)
+        except OSError as error:
+            refusal = f"cannot be stored: {error.strerror}"
+        finally:
+            _remove(letter.path)
+        if letter.number:
+            with contextlib.suppress(OSError):
+                process.tell(Taken(letter.number, refusal))
+        if refusal:
+            log.info("message rejected peer=%s topic=%s reason=%s", letter.site, letter.topic, refusal)
+        else:
+            self._on_message(Received(letter.site, letter.topic, letter.body, payload))
+
+    def _received(self, letter: Letter) -> Any:
+        """Return what a letter's payload becomes, as if it had come over a network."""
+        content = mapped(letter)
+        opening = Opening(letter.site, letter.topic, letter.body, letter.kind, letter.size)
+        if (make := self._sinks.get(letter.topic)) is not None:
+            return poured(content, make(opening))
+        if letter.kind == "quantized":
+            return poured(content, TensorSink(MemorySink, self._schemes(opening)))
+        return ReceivedPayload(content)
+
+    def _bury(self, process: _Process, connection: Connection) -> bool:
+        """A process has ended; return whether another one shall play its sites."""
+        with process.writing:
+            process.connection = None
+            connection.close()
+        assert process.popen is not None
+        code = process.popen.wait()
+        for folder in self._folders:
+            for left in Path(folder).glob(f"{process.prefix}*"):
+                left.unlink(missing_ok=True)
+        with self._changed:
+            gone, process.here = sorted(process.here), set()
+            self._changed.notify_all()
+            if self._closing or not process.sites:
+                return False
+        log.warning("process of the pool ended number=%d code=%d sites=%d", process.number + 1, code, len(gone))
+        for site in gone:
+            self._on_peer(site, Presence.GONE)
+        if process.heard and process.lives < LIVES:
+            return True
+        path = self._pool.folder / f"process-{process.number + 1}.txt"
+        lines = "\n".join(f"  {line}" for line in path.read_text(errors="replace").splitlines()[-LAST_LINES:])
+        self._on_failure(
+            FederationError(
+                f"process {process.number + 1} of the pool has ended {process.lives} times, the last time with code "
+                f"{code}; its last lines ({path}):\n{lines}"
+            )
+        )
+        return False
+
+
+def _next(connection: Connection) -> bytes | None:
+    """Return the next message; None if there will be none."""
+    try:
+        return connection.recv_bytes()
+    except (EOFError, OSError):
+        return None
+
+
+@dataclass(slots=True)
+class _Laid:
+    """Where a payload is."""
+
+    path: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def _remove(path: str) -> None:
+    if path:
+        with contextlib.suppress(FileNotFoundError):
+            Path(path).unlink()
+
+
+def _make_folders(folder: Path) -> list[str]:
+    """Return private folders for payloads: in memory, if the machine has such a file system, then beside the logs."""
+    found = []
+    folder.mkdir(parents=True, exist_ok=True)
+    # by a name of the run's own: one that was killed leaves its folder to the next
+    name = f"fedbio-{os.getuid()}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}"
+    for path in (Path(MEMORY, name), folder / "payloads"):
+        # of somebody else's folder, or none at all, nothing comes but the next one
+        with contextlib.suppress(OSError):
+            if path.exists():
+                shutil.rmtree(path)
+            path.mkdir(mode=0o700)
+            found.append(str(path))
+    return found

@@ -1,0 +1,300 @@
+"""A process of a simulation's pool: it plays many sites, one task at a time.
+
+Each of them is a real `Site` in a workspace of its own; what it would have got and sent over a network goes through
+one pair of sockets. Only so many are kept in memory: the one that was idle longest is put away, and begins again in its
+workspace with its next message. One that keeps something that it could not have again there is not put away.
+
+Run as a program with the number of the socket that it has inherited.
+"""
+
+from __future__ import annotations
+
+__all__: list[str] = []
+
+import collections
+import contextlib
+import importlib
+import itertools
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fedbio.errors import FedbioError, FederationError, PeerUnreachable, TransportError
+from fedbio.federation.party import Party
+from fedbio.federation.policy import Policy
+from fedbio.federation.pool_messages import (
+    Failed,
+    Left,
+    Letter,
+    Mail,
+    Orders,
+    SiteSpec,
+    Taken,
+    allow_many_files,
+    decode_mail,
+    lay_out,
+    mapped,
+    poured,
+)
+from fedbio.federation.site import LIBRARIES, Site
+from fedbio.settings import KitFile, load
+from fedbio.transport import Credentials, MemorySink, Payload, Presence, Received, ReceivedPayload, TensorSink
+
+log = logging.getLogger(__name__)
+
+_playing = threading.local()
+"""Who is played on a thread, for the log."""
+
+
+class _Post:
+    """The way to the server that all sites of this process share."""
+
+    def __init__(self, connection: Connection, orders: Orders) -> None:
+        self._connection, self._orders = connection, orders
+        self._writing = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, queue.SimpleQueue[str]] = {}
+        self._open: weakref.WeakValueDictionary[str, ReceivedPayload] = weakref.WeakValueDictionary()
+
+    def send(self, site: str, topic: str, body: bytes, payload: Payload | None) -> None:
+        """Send a site's message; with a payload, wait until the server has taken it."""
+        if payload is None:
+            return self.tell(Letter(site, topic, body))
+        path = lay_out(payload, self._orders.folders, self._orders.prefix)
+        number = next(self._numbers)
+        answer = self._waiting[number] = queue.SimpleQueue()
+        self.tell(Letter(site, topic, body, payload.kind, path, Path(path).stat().st_size, number))
+        if refusal := answer.get():
+            raise TransportError(refusal)
+        return None
+
+    def tell(self, message: Mail) -> None:
+        """Send a message of this process's own."""
+        try:
+            with self._writing:
+                self._connection.send_bytes(msgspec.msgpack.encode(message))
+        except OSError as error:
+            raise PeerUnreachable(f"the server has gone: {error}") from error
+
+    def taken(self, taken: Taken) -> None:
+        """Hear what became of a letter."""
+        self._waiting.pop(taken.number).put(taken.refusal)
+
+    def received(self, letter: Letter) -> Received:
+        """Return a letter as a site hears it; of a payload for many there is one copy."""
+        payload = self._open.get(letter.path)
+        if payload is None and letter.kind:
+            payload = ReceivedPayload(mapped(letter))
+            if letter.kind == "quantized":
+                payload = poured(payload.content, TensorSink(MemorySink, self._orders.quantization))
+            self._open[letter.path] = payload
+        return Received("server", letter.topic, letter.body, payload)
+
+
+class _Link:
+    """One site's way to the server."""
+
+    def __init__(self, site: str, post: _Post) -> None:
+        self._site, self._post = site, post
+
+    def send(
+        self, topic: str, body: bytes = b"", payload: Payload | None = None, timeout_s: float | None = None
+    ) -> None:
+        self._post.send(self._site, topic, body, payload)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        time.sleep(timeout_s or 0.0)
+        return False
+
+
+@dataclass(eq=False)
+class _Seat:
+    """A site's place in this process, whether it is in memory or not."""
+
+    spec: SiteSpec
+    kit: KitFile
+    party: Party
+    closing: contextlib.ExitStack
+    link: _Link
+    site: Site | None = None
+    waiting: list[Received] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class _Players:
+    """Plays sites as their messages come."""
+
+    def __init__(self, connection: Connection, orders: Orders) -> None:
+        self._connection, self._orders = connection, orders
+        self._post = _Post(connection, orders)
+        self._make_executors = _named(orders.executors)
+        self._policy = Policy.read(Path(), workflows=None, max_rounds=None, code=orders.code)
+        self._seats: dict[str, _Seat] = {}
+        self._resident: collections.OrderedDict[str, _Seat] = collections.OrderedDict()
+        self._mail: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        """Play until this process is ended."""
+        for spec in self._orders.sites:
+            closing = contextlib.ExitStack()
+            party = closing.enter_context(Party.open(Path(spec.workspace), spec.name, "site"))
+            kit = load(Path(spec.kit) / "kit.yaml", KitFile)
+            self._seats[spec.name] = _Seat(spec, kit, party, closing, _Link(spec.name, self._post))
+        threading.Thread(target=self._read, name="read", daemon=True).start()
+        for seat in list(self._seats.values()):
+            self._play(seat, _present)
+        while True:
+            name = self._mail.get()
+            if name in self._seats:
+                self._play(self._seats[name], Site.attend)
+
+    def _read(self) -> None:
+        """Pass messages on as they come: some cannot wait until a task is done."""
+        try:
+            while True:
+                mail = decode_mail(self._connection.recv_bytes())
+                if isinstance(mail, Taken):
+                    self._post.taken(mail)
+                elif isinstance(mail, Letter):
+                    self._deliver(mail)
+        except (EOFError, OSError):
+            # the server has ended, or ends this process: what counts is in the workspaces
+            logging.shutdown()
+            os._exit(0)
+        except BaseException:
+            log.exception("this process cannot read its messages")
+            logging.shutdown()
+            os._exit(1)
+
+    def _deliver(self, letter: Letter) -> None:
+        seat = self._seats.get(letter.site)
+        if seat is None:
+            return
+        _playing.name = letter.site
+        try:
+            received = self._post.received(letter)
+        except FedbioError as error:
+            log.warning("message not taken topic=%s reason=%s", letter.topic, error)
+            return
+        with seat.lock:
+            if seat.site is not None:
+                seat.site.hear(received)
+            else:
+                seat.waiting.append(received)
+        self._mail.put(letter.site)
+
+    def _play(self, seat: _Seat, act: Callable[[Site], bool]) -> None:
+        """Have a site do something; it has left if that returns False."""
+        name = _playing.name = seat.spec.name
+        try:
+            site = self._seated(seat)
+            if not act(site):
+                site.leave()
+                seat.party.finish(LIBRARIES)
+                self._dismiss(seat, Left(name))
+        except FedbioError as error:
+            # else it only repeats that the server has given up
+            own = not isinstance(error, FederationError) or (seat.site is not None and error is seat.site.failure)
+            log.error("%s", error)
+            self._dismiss(seat, Failed(name, str(error), error.exit_code, own))
+        except Exception as error:
+            log.exception("this is a bug of fedbio, or of what it was given to run")
+            self._dismiss(seat, Failed(name, f"{type(error).__name__}: {error}", 1, own=True))
+        self._put_away()
+
+    def _seated(self, seat: _Seat) -> Site:
+        """Return a site that is in memory, with all messages that have come for it."""
+        self._resident[seat.spec.name] = seat
+        self._resident.move_to_end(seat.spec.name)
+        if seat.site is None:
+            site = self._make(seat)
+            site.begin(seat.party, seat.link)
+            with seat.lock:
+                for received in seat.waiting:
+                    site.hear(received)
+                seat.waiting.clear()
+                seat.site = site
+        return seat.site
+
+    def _make(self, seat: _Seat) -> Site:
+        orders, spec = self._orders, seat.spec
+        return Site(
+            kit=seat.kit,
+            credentials=Credentials.from_kit(spec.kit),
+            workspace=Path(spec.workspace),
+            data=Path(spec.data),
+            executors=self._make_executors(),
+            allow=orders.allow,
+            reuse=None if orders.reuse is None else Path(orders.reuse),
+            device=orders.device,
+            threads=orders.threads,
+            synthetic=orders.synthetic,
+            quantization=orders.quantization,
+            policy=self._policy,
+            examples=orders.examples,
+        )
+
+    def _put_away(self) -> None:
+        """Let go of those that were idle longest, if they are too many."""
+        for name, seat in list(self._resident.items()):
+            if len(self._resident) <= self._orders.resident:
+                return
+            with seat.lock:
+                if seat.site is not None and seat.site.at_rest:
+                    seat.site.put_away()
+                    seat.site = None
+                    del self._resident[name]
+
+    def _dismiss(self, seat: _Seat, message: Mail) -> None:
+        """A site is not played any more."""
+        with seat.lock:
+            if seat.site is not None:
+                seat.site.close()
+            seat.site = None
+        del self._seats[seat.spec.name]
+        self._resident.pop(seat.spec.name, None)
+        seat.closing.close()
+        self._post.tell(message)
+
+
+def _present(site: Site) -> bool:
+    site.greet(Presence.ARRIVED)
+    return True
+
+
+def _named(name: str) -> Callable[[], Any]:
+    module, _, function = name.partition(":")
+    found: Callable[[], Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def _main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(site)s %(message)s", datefmt="%H:%M:%S")
+
+    def say_who(record: logging.LogRecord) -> bool:
+        record.site = getattr(_playing, "name", "pool")
+        return True
+
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(say_who)
+    allow_many_files()
+    connection = Connection(int(sys.argv[1]))
+    orders = msgspec.msgpack.decode(connection.recv_bytes(), type=Orders)
+    if orders.prepare:
+        _named(orders.prepare)()
+    _Players(connection, orders).run()
+
+
+if __name__ == "__main__":
+    _main()
