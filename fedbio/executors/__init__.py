@@ -24,6 +24,7 @@ def registry() -> dict[str, Executor]:
     from fedbio.executors.shelf import Shelf
     from fedbio.executors.statistics import CountProteins, Describe, SumMoments
     from fedbio.executors.training import Evaluate, Initialize, Train, TrainAlone, Validate
+    from fedbio.federation.swarm_executors import with_swarm
 
     shelf, scripts = Shelf(), Scripts()
     executors: list[Executor] = [
@@ -48,7 +49,7 @@ def registry() -> dict[str, Executor]:
         SubmitModel(scripts),
         EndScript(scripts),
     ]
-    return {each.name: each for each in executors}
+    return with_swarm({each.name: each for each in executors})
 
 
 def load_libraries() -> None:
