@@ -69,16 +69,16 @@ class FLCallback(TrainerCallback):
         return self._exchange
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         exchange = self.exchange(args)
-        exchange.begin(model)
+        exchange.begin(kwargs["model"])
         exchange.must_train()
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        exchange = self.exchange(args)
+        model, exchange = kwargs["model"], self.exchange(args)
         if exchange.task == "train":
             meta = getattr(model, META, {})
             if not isinstance(meta, dict):
@@ -91,9 +91,10 @@ def patch(trainer: Trainer, restore_state: bool = True, load_state_dict_strict: 
 
     ``trainer.evaluate`` measures the model that was received, ``trainer.train`` trains it; a task that asks only for
     the one is answered by it, and the other does nothing. Outside of tasks, such as after the last round, the trainer
-    does what it always does. Each round trains for the arguments' ``num_train_epochs`` or ``max_steps``, with the learning
-    rate's schedule from its beginning. The weight of the result is the number of examples that the site has registered,
-    unless the model's attribute ``__fl_meta__``, a dict, has a ``"NUM_STEPS_CURRENT_ROUND"`` or ``"weight"``.
+    does what it always does. Each round trains for the arguments' ``num_train_epochs`` or ``max_steps``, with the
+    learning rate's schedule from its beginning. The weight of the result is the number of examples that the site has
+    registered, unless the model's attribute ``__fl_meta__``, a dict, has a ``"NUM_STEPS_CURRENT_ROUND"`` or
+    ``"weight"``.
 
     Parameters
     ----------
