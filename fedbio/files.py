@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    # two threads may write one file: the later one wins, whole
+    beside = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_native_id()}.part")
     try:
         yield beside
         with open(beside, "rb") as written:

@@ -53,7 +53,7 @@ from pydantic import AfterValidator, Field
 
 from fedbio.compartments import COMPARTMENTS
 from fedbio.errors import SettingsError
-from fedbio.settings_files import describe_problems, read_yaml, with_overrides
+from fedbio.settings_files import describe_problems, read_settings, with_overrides
 from fedbio.settings_jobs import (
     Aggregation,
     ClassifyJob,
@@ -330,12 +330,12 @@ S = TypeVar("S", bound=Section)
 
 
 def load(path: str | Path, model: type[S], overrides: list[str] | None = None) -> S:
-    """Read one YAML settings file and check all of it.
+    """Read one settings file and check all of it.
 
     Parameters
     ----------
     path : path-like
-        The YAML file.
+        A YAML file; JSON or TOML if it ends in ``.json`` or ``.toml``.
     model : type
         One of the models in `FILES`.
     overrides : list of str, optional
@@ -346,7 +346,7 @@ def load(path: str | Path, model: type[S], overrides: list[str] | None = None) -
     SettingsError
         Naming the file, and for every problem the dotted key, what was expected and what was found.
     """
-    return check(with_overrides(read_yaml(path), overrides or [], path), model, path)
+    return check(with_overrides(read_settings(path), overrides or [], path), model, path)
 
 
 def check(content: Mapping[str, Any], model: type[S], path: str | Path) -> S:

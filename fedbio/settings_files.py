@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["describe_problems", "kind_of", "read_yaml", "with_overrides"]
+__all__ = ["describe_problems", "kind_of", "read_settings", "read_yaml", "with_overrides"]
 
 import difflib
+import json
 import re
+import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,6 +61,41 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: expected keys and values, found {_shown(content)}")
     return content
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Return the keys and values in a YAML, JSON or TOML file, told apart by the file's ending; YAML by default.
+
+    Raises
+    ------
+    SettingsError
+        As `read_yaml`.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".json", ".toml"):
+        return read_yaml(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=_no_key_twice) if suffix == ".json" else tomllib.loads(text)
+    except FileNotFoundError as error:
+        raise SettingsError(f"{path}: there is no such settings file; check the path") from error
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{path}:{error.lineno}: not valid JSON: {error.msg}; check commas and quotes") from error
+    except tomllib.TOMLDecodeError as error:
+        # its message has the line
+        raise SettingsError(f"{path}: not valid TOML: {error}; check the quotes") from error
+    except (IsADirectoryError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{path}: not a settings file: {error}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: expected keys and values, found {_shown(content)}")
+    return content
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"key {twice[0]!r} is there twice")
+    return dict(pairs)
 
 
 def kind_of(content: Mapping[str, Any]) -> str | None:

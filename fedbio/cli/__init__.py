@@ -30,6 +30,7 @@ COMMANDS = {
     "provision": "Make certificates and one start-up kit per party.",
     "server": "Run the federation's server until its jobs are done.",
     "site": "Take part in a federation's jobs from this site.",
+    "job": "Make a job file, send it to a running server, follow it and fetch its results.",
     "simulate": "Run a server and all sites on this machine.",
     "train": "Train the classifier alone on embedded proteins.",
     "predict": "Predict locations for new proteins.",

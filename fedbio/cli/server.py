@@ -6,7 +6,7 @@ __all__ = ["EXAMPLE", "configure", "run"]
 
 import argparse
 import logging
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,29 @@ EXAMPLE = "fedbio server --kit federation/server --jobs config/jobs/classify.yam
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 1.0
-"""Seconds between two looks at the jobs file of a server that goes on serving."""
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--kit", type=Path, required=True, metavar="DIR", help="the server's start-up kit")
-    parser.add_argument("--jobs", type=Path, required=True, metavar="YAML", help="what to run")
+    parser.add_argument("--jobs", type=Path, required=True, metavar="FILE", help="what to run: YAML, JSON or TOML")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="DIR", help="folder for what the server keeps"
     )
     parser.add_argument("--listen", metavar="HOST:PORT", help="where to listen (default: the kit's port)")
-    parser.add_argument("--serve", action="store_true", help="when the jobs are done, wait for more in the jobs file")
+    parser.add_argument("--serve", action="store_true", help="when the jobs are done, wait for more: in the jobs file, or submitted by `fedbio job`")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run the server until its jobs are done."""
+    from fedbio.federation.job_files import check_job_files
     from fedbio.federation.server import Server
     from fedbio.transport import Credentials
 
     kit = load_kit(args.kit, "server")
     jobs = load(args.jobs, JobsFile)
+    if not jobs.jobs and not args.serve:
+        raise SettingsError(f"{args.jobs}: jobs: there are none; name at least one, or wait for some with --serve")
+    check_job_files(jobs.jobs, args.jobs.parent, args.jobs)
     Server(
         kit=kit,
         credentials=Credentials.from_kit(args.kit),
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         code=args.jobs.parent,
         listen=args.listen or listen_address(kit.server),
         save_model=lambda params, publication: _save_model(args.output / "global", params, publication),
-    ).run(more_jobs=(lambda: _wait_for_change(args.jobs)) if args.serve else None)
+    ).run(more_jobs=_changes(args.jobs) if args.serve else None)
     if not args.json:
         print(f"jobs done: {', '.join(job.name for job in jobs.jobs)}; results in {args.output}")
     return {"jobs": [job.name for job in jobs.jobs], "output": str(args.output)}
@@ -76,14 +77,24 @@ def _save_model(folder: Path, params: Any, publication: Any) -> None:
     save_global(folder, params, publication)
 
 
-def _wait_for_change(path: Path) -> JobsFile:
+def _changes(path: Path) -> Callable[[], JobsFile | None]:
+    """Return what looks whether a jobs file has changed; an invalid one is said once and not taken."""
     before = path.stat().st_mtime_ns
-    log.info("jobs done, waiting for more in %s", path)
-    while True:
-        time.sleep(LOOK_EVERY_S)
-        if path.stat().st_mtime_ns != before:
-            before = path.stat().st_mtime_ns
-            try:
-                return load(path, JobsFile)
-            except SettingsError as error:
-                log.warning("jobs file not taken, the old one stays: %s", error)
+    log.info("waiting for more jobs in %s, and for those of administrators", path)
+
+    def look() -> JobsFile | None:
+        nonlocal before
+        try:
+            now = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None  # an editor puts a new one in its place
+        if now == before:
+            return None
+        before = now
+        try:
+            return load(path, JobsFile)
+        except SettingsError as error:
+            log.warning("jobs file not taken, the old one stays: %s", error)
+            return None
+
+    return look

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedbio.files import write_whole
 from fedbio.settings import FILES, check, check_party
-from fedbio.settings_files import kind_of, read_yaml
+from fedbio.settings_files import kind_of, read_settings
 
 EXAMPLE = "fedbio settings check config/config.yaml"
 
@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the sub-verbs ``check`` and ``schema``."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     checking = verbs.add_parser("check", help="report every problem of a settings file at once")
-    checking.add_argument("file", type=Path, help="a YAML settings file")
+    checking.add_argument("file", type=Path, help="a settings file: YAML, JSON or TOML")
     checking.add_argument("--kind", choices=FILES, help="which file it is; known by its keys if not given")
     schema = verbs.add_parser("schema", help="print the JSON schema of a settings file")
     schema.add_argument("kind", choices=FILES, help="which settings file")
@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run the chosen sub-verb."""
     if args.verb == "check":
-        content = read_yaml(args.file)
+        content = read_settings(args.file)
         kind = args.kind or kind_of(content)
         settings = check_party(content, args.file) if kind is None else check(content, FILES[kind], args.file)
         if not args.json:

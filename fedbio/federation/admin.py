@@ -262,13 +262,18 @@ class AdminDesk:
     def _download(self, peer: str, request: Download) -> Iterator[Answer]:
         """Send the files of a job's results, and yield at the end which they are."""
         self._queue.find(request.name)
-        sent = []
+        sent: list[ResultFile] = []
         spool = self._workspace / "spool"
         spool.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=spool, prefix="download-") as folder:
             for path, source in results_of(request.name, self._state, self._workspace, Path(folder)):
-                # a job that runs may take a file away meanwhile; what is open stays
-                payload = FilePayload(source)
+                pinned = Path(folder) / f"pinned-{len(sent)}"
+                try:
+                    # a job that runs may replace a file meanwhile, or take it away; what is linked stays
+                    pinned.hardlink_to(source)
+                except FileNotFoundError:
+                    continue
+                payload = FilePayload(pinned)
                 header = ResultFile(request.id, path, payload.size or 0)
                 self._send(peer, RESULT_FILE, pack(header), payload, None)
                 sent.append(header)
