@@ -199,7 +199,7 @@ class RunSettings(Section):
 
 
 WorkflowName = Literal[
-    "embed", "classify", "projection", "fedavg", "cyclic", "evaluation", "swarm", "statistics", "custom"
+    "embed", "classify", "projection", "fedavg", "cyclic", "evaluation", "swarm", "split", "statistics", "custom"
 ]
 CodeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
@@ -231,7 +231,8 @@ class SiteSettings(Section):
         "evaluate",
         "publish",
     ]
-    """Tasks that this site takes; add map to let 2-D coordinates of your proteins leave."""
+    """Tasks that this site takes; add map to let 2-D coordinates of your proteins leave, and split to let activations of
+    a network's first layers for each of them, or gradients that its labels went into, go to another site."""
     quantization: Annotated[list[Scheme], AfterValidator(no_twins)] = list(SCHEMES)
     """Schemes in which models may come to this site and leave it; none means exact models only."""
     workflows: Annotated[list[WorkflowName], AfterValidator(no_twins)] | None = None

@@ -187,7 +187,7 @@ def _describe(problem: Any, model: type[pydantic.BaseModel]) -> str:
 
 
 _UNION_TAGS = frozenset(
-    {"embed", "classify", "projection", "fedavg", "cyclic", "evaluation", "swarm", "statistics", "custom"}
+    {"embed", "classify", "projection", "fedavg", "cyclic", "evaluation", "swarm", "split", "statistics", "custom"}
 )
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "ProjectionJob",
     "ScriptJob",
     "ServerOptimizer",
+    "SplitJob",
     "StatisticsJob",
     "SwarmJob",
     "TrainingSettings",
@@ -290,6 +291,36 @@ class SwarmJob(ScriptJob):
     selection: ModelSelection = ModelSelection()
 
 
+class SplitJob(ScriptJob):
+    """A network is cut in two: one site trains the part with the features, another the part with the labels."""
+
+    name: PartyName = "split"
+    workflow: Literal["split"]
+    bottom: PartyName
+    """The site with the features: the script's functions features() and bottom() are called there."""
+    top: PartyName
+    """The site with the labels: the script's functions labels(), top() and loss() are called there."""
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
+    """Passes over the proteins that both sites have."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
+    """The most proteins in a step."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the initial weights, of the order of the proteins, and of what training draws."""
+    max_message_mb: Annotated[int, Field(ge=1, le=1024)] = 256
+    """MiB of activations or gradients in one step; what is larger is not passed on."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_across(self) -> SplitJob:
+        if self.bottom == self.top:
+            raise ValueError(f"bottom and top are both {self.top!r}; a network is cut between two sites")
+        if self.client.launch == "torchrun" or self.client.initial is not None:
+            raise ValueError(
+                "client.launch torchrun and client.initial mean nothing here: each site makes and trains its own part "
+                "in its own process"
+            )
+        return self
+
+
 def _ascending(values: list[int]) -> list[int]:
     if values[0] < 1 or any(low >= high for low, high in itertools.pairwise(values)):
         raise ValueError("expected numbers of residues that ascend from 1 or more")
@@ -343,6 +374,7 @@ Job = Annotated[
     | CyclicJob
     | EvaluationJob
     | SwarmJob
+    | SplitJob
     | StatisticsJob
     | CustomJob,
     Field(discriminator="workflow"),

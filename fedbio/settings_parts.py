@@ -66,7 +66,7 @@ Hidden = Annotated[str, AfterValidator(_is_hidden)]
 Seconds = Annotated[float, Field(gt=0, le=1e7)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Bytes = Annotated[int, Field(ge=1 << 16, le=1 << 50)]
-TaskKind = Literal["embed", "statistics", "train", "evaluate", "publish", "map", "code"]
+TaskKind = Literal["embed", "statistics", "train", "evaluate", "publish", "map", "code", "split"]
 Scheme = Literal["float16", "bfloat16", "int8", "fp4", "nf4"]
 SCHEMES: tuple[Scheme, ...] = typing.get_args(Scheme)
 

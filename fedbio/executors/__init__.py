@@ -22,11 +22,13 @@ def registry() -> dict[str, Executor]:
         TrainScript,
     )
     from fedbio.executors.shelf import Shelf
+    from fedbio.executors.split import AlignRows, FinishPart, Meet, SplitParts, TrainPart
     from fedbio.executors.statistics import CountProteins, Describe, SumMoments
     from fedbio.executors.training import Evaluate, Initialize, Train, TrainAlone, Validate
     from fedbio.federation.swarm_executors import with_swarm
 
     shelf, scripts = Shelf(), Scripts()
+    parts = SplitParts(scripts)
     executors: list[Executor] = [
         Weights(),
         Embed(),
@@ -48,6 +50,10 @@ def registry() -> dict[str, Executor]:
         EvaluateScript(scripts),
         SubmitModel(scripts),
         EndScript(scripts),
+        Meet(parts),
+        AlignRows(parts),
+        TrainPart(parts),
+        FinishPart(parts),
     ]
     return with_swarm({each.name: each for each in executors})
 

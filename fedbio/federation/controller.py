@@ -21,6 +21,7 @@ from fedbio.federation.messages import FileHeader
 from fedbio.federation.model import IN_MEMORY, Delivery, FLModel, Parameters, ParamsType, Result, Task
 from fedbio.federation.quantization import EXACT, Travel
 from fedbio.federation.sampling import sample
+from fedbio.federation.split_relay import SplitRelay
 from fedbio.federation.state import State
 from fedbio.results import EventLog, PartyRecord
 from fedbio.settings import FederationLimits
@@ -48,6 +49,8 @@ class Runtime:
         Streams a file to a site: name of the site, path, what the file is, and its kind in the ledger.
     lockstep : Lockstep
         Averages what sites stream.
+    split : SplitRelay or None
+        Passes on what two sites send each other.
     save_model : callable or None
         Writes the model that a job publishes into the server's workspace: its tensors, and what is said of them.
     outgoing, incoming : Chain
@@ -64,6 +67,7 @@ class Runtime:
     limits: FederationLimits
     send_file: Callable[[str, Path, FileHeader, str], None]
     lockstep: Lockstep
+    split: SplitRelay | None = None
     save_model: Callable[[Parameters, msgspec.Struct], None] | None = None
     outgoing: Chain = field(default_factory=Chain)
     incoming: Chain = field(default_factory=Chain)

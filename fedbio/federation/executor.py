@@ -14,6 +14,7 @@ from fedbio.federation.filters import Chain
 from fedbio.federation.identity import SiteIdentity
 from fedbio.federation.model import FLModel, Task
 from fedbio.federation.policy import Policy
+from fedbio.federation.split_site import SplitSite
 from fedbio.results import EventLog, PartyRecord
 
 
@@ -47,6 +48,8 @@ class SiteContext:
         With which it signs what it says to other sites; None if it has no certificate.
     outgoing : Chain
         The site's filters, for what an executor closes so that nobody can filter it afterwards.
+    split : SplitSite or None
+        The way to another site, for what trains one part of a network.
     job : str
         The job of the task that is being done, or was done last.
     on_metric : callable or None
@@ -67,6 +70,7 @@ class SiteContext:
     examples: int | None = None
     identity: SiteIdentity | None = None
     outgoing: Chain = field(default_factory=Chain)
+    split: SplitSite | None = None
     job: str = ""
     on_metric: Callable[[str, str, float, int | None], None] | None = None
 

@@ -13,6 +13,7 @@ from fedbio.federation.desk import GATHER_S, Desk
 from fedbio.federation.model import Result, Task
 from fedbio.federation.quantization import EXACT, Travel
 from fedbio.settings import ClassifyJob, Job
+from fedbio.settings_jobs import SplitJob
 
 
 class JobDesk:
@@ -61,14 +62,16 @@ class JobDesk:
         """Raise what the job was interrupted with."""
         self._desk.check(self._job.name)
 
-    def wait_for_sites(self, job: str = "", *, deadline_s: float, gather_s: float = GATHER_S) -> tuple[str, ...]:
-        """Wait until enough sites of the job are here; see `Desk.wait_for_sites`."""
+    def wait_for_sites(
+        self, job: str = "", *, deadline_s: float, gather_s: float = GATHER_S, all_of: Sequence[str] | None = None
+    ) -> tuple[str, ...]:
+        """Wait until enough sites of the job are here, or just those of `all_of`; see `Desk.wait_for_sites`."""
         return self._desk.wait_for_sites(
             job or self._job.name,
             deadline_s=deadline_s,
             gather_s=gather_s,
-            expected=self.expected,
-            min_sites=self.min_sites,
+            expected=self.expected if all_of is None else all_of,
+            min_sites=self.min_sites if all_of is None else len(all_of),
         )
 
     def ask(
@@ -100,4 +103,6 @@ def rounds_of(job: Job) -> int:
     """Return how many rounds of training a job has at most; 0 for one that trains nothing."""
     if isinstance(job, ClassifyJob):
         return job.training.rounds
+    if isinstance(job, SplitJob):
+        return job.epochs
     return int(getattr(job, "rounds", 0))

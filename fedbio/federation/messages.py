@@ -19,16 +19,20 @@ __all__ = [
     "PART",
     "PROTOCOL",
     "RESULT",
+    "SPLIT",
+    "SPLIT_END",
     "TASK",
     "UPDATE",
     "WELCOME",
     "Abort",
+    "Ended",
     "Exchange",
     "FileHeader",
     "JobDone",
     "Join",
     "Metric",
     "Metrics",
+    "Passage",
     "Welcome",
     "pack",
     "unpack",
@@ -74,6 +78,11 @@ MEAN = "lockstep-mean"
 """Server to site: `Exchange` with the mean as payload, while it is computed."""
 COMMIT = "lockstep-commit"
 """Server to site: `Exchange`; the mean of this attempt counts."""
+
+SPLIT = "split"
+"""Site to server, and from there to another site: `Passage` with named tensors as payload."""
+SPLIT_END = "split-end"
+"""Server to site: `Ended`."""
 
 
 class Join(msgspec.Struct):
@@ -152,6 +161,23 @@ class Exchange(msgspec.Struct, frozen=True):
     """The round that begins with the mean."""
     keep: tuple[int, ...] = ()
     """Earlier rounds whose models may still be asked for."""
+
+
+SessionName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+
+
+class Passage(msgspec.Struct, frozen=True):
+    """One message of a split session, in which two sites take turns; numbers count from 0."""
+
+    session: SessionName
+    number: Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """A split session is over before its end, and why."""
+
+    session: SessionName
+    reason: str
 
 
 S = TypeVar("S", bound=msgspec.Struct)

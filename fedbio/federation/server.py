@@ -32,6 +32,8 @@ from fedbio.federation.model import Parameters, Result, decode
 from fedbio.federation.model_file import UpdateSink, in_file
 from fedbio.federation.party import Party
 from fedbio.federation.quantization import scheme_of
+from fedbio.federation.split_items import ItemsSink
+from fedbio.federation.split_relay import SplitRelay
 from fedbio.federation.state import State
 from fedbio.federation.trackers import TrackerName, chosen
 from fedbio.federation.tracking import Tracking
@@ -42,6 +44,7 @@ from fedbio.transport import (
     Credentials,
     FilePayload,
     Limits,
+    ObjectPayload,
     Opening,
     Payload,
     Presence,
@@ -131,7 +134,12 @@ class Server:
                 on_message=self._on_message,
                 on_peer=self._on_peer,
                 name=self.kit.party,
-                sinks={messages.UPDATE: self._update_sink, messages.PART: self._part_sink, SUBMIT: self._submit_sink},
+                sinks={
+                    messages.UPDATE: self._update_sink,
+                    messages.PART: self._part_sink,
+                    messages.SPLIT: self._split_sink,
+                    SUBMIT: self._submit_sink,
+                },
                 schemes=self._schemes,
                 on_progress=transfers,
                 limits=Limits(**self.jobs.transport.model_dump()),
@@ -174,6 +182,7 @@ class Server:
         self._expected = tuple(self.jobs.sites or self.kit.sites)
         self._desk = Desk(self._expected, self._post_task, party.events, min_sites=self.jobs.federation.min_sites)
         self._lockstep = Lockstep(self._exchange)
+        self._split = SplitRelay(self._pass_on)
         self._couriers = Workers("tell", most=16)
         self._queue = JobQueue(
             self._state,
@@ -247,6 +256,7 @@ class Server:
             limits=entry.file.federation,
             send_file=send_file,
             lockstep=self._lockstep,
+            split=self._split,
             save_model=self.save_model,
             outgoing=self.outgoing,
             incoming=self.incoming,
@@ -291,6 +301,7 @@ class Server:
         elif presence is Presence.GONE:
             self._desk.gone(site)
             self._lockstep.gone(site)
+            self._split.gone(site)
 
     def _on_message(self, received: Received) -> None:
         self._ready.wait()
@@ -311,6 +322,8 @@ class Server:
                 self._desk.answered(msgspec.structs.replace(result, site=site, model=model))
             elif received.topic == messages.PART:
                 self._lockstep.take(received)
+            elif received.topic == messages.SPLIT:
+                self._split.take(received)
             elif received.topic == messages.METRIC:
                 self._tracking.take(site, received.body)
             elif received.topic == messages.JOIN:
@@ -319,6 +332,7 @@ class Server:
                 self._left.add(site)
                 self._desk.gone(site)
                 self._lockstep.gone(site)
+                self._split.gone(site)
             else:
                 raise ProtocolError(f"unknown topic {received.topic!r}")
         except TransportError as error:
@@ -359,6 +373,10 @@ class Server:
         self._ready.wait()
         return self._lockstep.sink(opening)
 
+    def _split_sink(self, opening: Opening) -> ItemsSink:
+        self._ready.wait()
+        return self._split.sink(opening)
+
     def _on_join(self, site: str, join: Join) -> None:
         names = list(dict.fromkeys([*(job.name for job in self.jobs.jobs), *(row.name for row in self._state.jobs())]))
         unknown = sorted(set(join.jobs) - set(names))
@@ -395,6 +413,12 @@ class Server:
         size = len(body) + ((payload.size or 0) if payload else 0)
         self._party.ledger.add("model" if payload else "control", size, to=site)
         self._endpoint.send(site, topic, body, payload, timeout_s)
+
+    def _pass_on(self, site: str, topic: str, body: bytes, items: Parameters | None) -> None:
+        size = len(body) + sum(each.nbytes for each in (items or {}).values())
+        self._party.ledger.add("control" if items is None else "activations", size, to=site)
+        payload = None if items is None else ObjectPayload(items)
+        self._endpoint.send(site, topic, body, payload, self.jobs.federation.round_deadline_s)
 
     def _send_file(self, site: str, path: Path, header: FileHeader, kind: str) -> None:
         payload = FilePayload(path)

@@ -33,15 +33,16 @@ from fedbio.federation.identity import SiteIdentity
 from fedbio.federation.links import SiteLink
 from fedbio.federation.lockstep_site import LockstepSite
 from fedbio.federation.messages import Abort, FileHeader, JobDone, Join, Welcome, pack, unpack
-from fedbio.federation.model import FLModel, Result, Status, Task, decode, encode
+from fedbio.federation.model import FLModel, Parameters, Result, Status, Task, decode, encode
 from fedbio.federation.party import Party
 from fedbio.federation.policy import Policy
 from fedbio.federation.quantization import Packer, scheme_of
 from fedbio.federation.reporter import Reporter
+from fedbio.federation.split_site import SplitSite
 from fedbio.federation.transfers import Transfers
 from fedbio.files import sha256_file
 from fedbio.settings import SCHEMES, KitFile, Transport
-from fedbio.transport import Credentials, Limits, Payload, Presence, Received, SiteEndpoint
+from fedbio.transport import Credentials, Limits, ObjectPayload, Payload, Presence, Received, SiteEndpoint
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +159,7 @@ class Site:
             store=self._held.store,
             adopt=self._held.adopt,
         )
+        self._split = SplitSite(self._send_split, check=lambda: self._endpoint.wait(0))
         self._reporter = Reporter(lambda body: self._send(messages.METRIC, body, None, "metrics", METRICS_S))
         self._failure: FedbioError | None = None
         self._saved = 0.0
@@ -179,7 +181,7 @@ class Site:
                 spool=self.workspace / "spool",
                 on_message=self.hear,
                 on_connection=self.greet,
-                sinks={messages.MEAN: self._lockstep.sink},
+                sinks={messages.MEAN: self._lockstep.sink, messages.SPLIT: self._split.sink},
                 schemes=lambda opening: self.quantization,
                 on_progress=transfers,
                 connect_deadline_s=self.connect_deadline_s,
@@ -220,6 +222,7 @@ class Site:
             on_metric=self._reporter.add,
             identity=SiteIdentity(self.credentials) if isinstance(self.credentials, Credentials) else None,
             outgoing=self.outgoing,
+            split=self._split,
             record=party.record,
             events=party.events,
         )
@@ -273,6 +276,8 @@ class Site:
         if self._over:
             return
         self._party.events.write(f"server {presence.value}")
+        if presence is Presence.GONE:
+            self._split.broken("the server was started anew, or has given this site up")
         if presence is Presence.ARRIVED:
             join = Join(version=__version__, jobs=tuple(self.jobs), allow=tuple(self.allow))
             try:
@@ -290,9 +295,14 @@ class Site:
             # also in the middle of a task: the other sites wait
             self._lockstep.take(received)
             return None
+        if received.topic in (messages.SPLIT, messages.SPLIT_END):
+            # a task waits for it
+            self._split.take(received)
+            return None
         # known at once, also in the middle of a task: the server does not wait for its answer any more
         if received.topic in (messages.END, messages.ABORT):
             self._told_to_stop = True
+            self._split.broken("the server has no more to do")
             # it may take a while, and the task that is done meanwhile shall not
             threading.Thread(target=self._close_executors, name="close-executors", daemon=True).start()
         if received.topic == messages.JOB_DONE and (done := unpack(JobDone, received.body)).state != "done":
@@ -489,6 +499,11 @@ class Site:
             self._party.ledger.add("metrics", len(body), topic=topic)
             self._party.ledger.add(kind, payload.size or 0, topic=topic, scheme=scheme_of(payload))
         self._endpoint.send(topic, body, payload, timeout_s)
+
+    def _send_split(self, body: bytes, items: Parameters) -> None:
+        size = sum(each.nbytes for each in items.values())
+        self._party.ledger.add("activations", len(body) + size, topic=messages.SPLIT)
+        self._endpoint.send(messages.SPLIT, body, ObjectPayload(items))
 
     def _keep_file(self, received: Received) -> None:
         """Keep a file that the server streamed, if it is what it is said to be."""

@@ -19,6 +19,7 @@ _CONTROLLERS = {
     "cyclic": ("cyclic", "Cyclic"),
     "evaluation": ("evaluation", "CrossSiteEvaluation"),
     "swarm": ("swarm", "Swarm"),
+    "split": ("split", "Split"),
     "statistics": ("statistics", "Statistics"),
     "custom": ("custom", "load"),
 }

@@ -1,0 +1,56 @@
+"""Take in the tensors that one site of a split session sends to the other, no more and no larger ones than allowed."""
+
+from __future__ import annotations
+
+__all__ = ["MAX_ITEMS", "ItemsSink"]
+
+from collections.abc import Callable
+
+from fedbio.errors import ProtocolError
+from fedbio.federation.model import Parameters
+from fedbio.transport import Sink
+from fedbio.transport.objects import ObjectReader
+
+MAX_ITEMS = 64
+"""Tensors in one message: a network is cut at a few places at once, not at many."""
+
+ANNOUNCEMENTS_BYTES = 64 << 10
+"""What the names and shapes of a message may take beside its tensors."""
+
+
+class ItemsSink(Sink):
+    """Keeps the items of an object stream in memory; `Received.payload` is a dict of arrays by name.
+
+    Parameters
+    ----------
+    max_bytes : int
+        Bytes of all tensors together; an announcement beyond it is refused before memory is taken.
+    on_abort : callable, optional
+        Called if the message is not taken.
+    """
+
+    def __init__(self, max_bytes: int, on_abort: Callable[[], None] | None = None) -> None:
+        self._reader = ObjectReader(max_bytes)
+        self._most = max_bytes
+        self._on_abort = on_abort
+        self._bytes = 0
+        self._items: Parameters = {}
+
+    def write(self, chunk: memoryview) -> None:
+        self._bytes += len(chunk)
+        if self._bytes > self._most + ANNOUNCEMENTS_BYTES:
+            raise ProtocolError(f"tensors of more than {self._most} bytes in one message of a split session")
+        for name, array in self._reader.feed(chunk):
+            if name in self._items or len(self._items) == MAX_ITEMS:
+                raise ProtocolError(
+                    f"item {name[:64]!r} comes twice, or after {MAX_ITEMS} others, in one message of a split session"
+                )
+            self._items[name] = array
+
+    def finish(self) -> Parameters:
+        self._reader.finish()
+        return self._items
+
+    def abort(self) -> None:
+        if self._on_abort is not None:
+            self._on_abort()
