@@ -8,9 +8,10 @@ from __future__ import annotations
 
 __all__ = ["Deploy", "EndScript", "EvaluateScript", "InitializeScript", "Scripts", "SubmitModel", "TrainScript"]
 
+import fnmatch
 import re
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import ClassVar
 
 import msgspec
@@ -18,18 +19,20 @@ import msgspec
 from fedbio.errors import FederationError, ProtocolError, RefusedError
 from fedbio.executors.deployed import DeployedScript
 from fedbio.federation.executor import Executor, SiteContext
-from fedbio.federation.model import WEIGHT, FLModel, Task
+from fedbio.federation.model import WEIGHT, FLModel, Parameters, Task
 from fedbio.federation.workflows.script import (
     DEPLOY,
     END,
     EVALUATE,
     EXAMPLES,
+    EXCLUDE,
     INIT,
     SUBMIT_MODEL,
     TRAIN,
     ClientSpec,
 )
 from fedbio.federation.workflows.study import read_meta
+from fedbio.files import write_whole
 
 _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -42,27 +45,45 @@ class Scripts:
         self._deployed: dict[str, DeployedScript] = {}
 
     def deploy(self, job: str, spec: ClientSpec, context: SiteContext) -> DeployedScript:
-        """Get ready to run a job's script; one that is ready already goes on."""
+        """Get ready to run a job's script; one that is ready already goes on.
+
+        Raises
+        ------
+        RefusedError
+            If the site's operator does not let it run here.
+        """
+        check_spec(job, spec)
+        for each in spec.files:
+            if not context.policy.allows_code(each.sha256, each.name):
+                raise RefusedError(
+                    f"the policy of {context.site} does not let {each.name} (SHA-256 {each.sha256}) run; its operator "
+                    "can add the digest to `code` in the site's settings"
+                )
         known = self._deployed.get(job)
         if known is not None and known.spec == spec:
             return known
         if known is not None:
             known.stop()
         self._deployed[job] = script = DeployedScript(job, spec, context, count_examples(context))
+        write_whole(_spec_file(job, context), msgspec.json.encode(spec))
         return script
 
-    def of(self, job: str) -> DeployedScript:
-        """Return a job's script.
+    def of(self, job: str, context: SiteContext) -> DeployedScript:
+        """Return a job's script; a site's new process takes up that of the one before.
 
         Raises
         ------
         FederationError
             If there is none.
         """
-        try:
-            return self._deployed[job]
-        except KeyError:
-            raise FederationError(f"the script of job {job} is not here; it has to be deployed first") from None
+        if job not in self._deployed:
+            check_job(job)
+            try:
+                spec = msgspec.json.decode(_spec_file(job, context).read_bytes(), type=ClientSpec)
+            except FileNotFoundError:
+                raise FederationError(f"the script of job {job} is not here; it has to be deployed first") from None
+            self.deploy(job, spec, context)
+        return self._deployed[job]
 
     def forget(self, job: str, *, politely: bool) -> None:
         """Stop a job's script, if it is here."""
@@ -88,13 +109,6 @@ class Deploy(Executor):
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
         """Check the files and return how many examples this site registers."""
         spec = read_meta(model.meta, ClientSpec)
-        check_spec(task.job, spec)
-        for each in spec.files:
-            if not context.policy.allows_code(each.sha256, each.name):
-                raise RefusedError(
-                    f"the policy of {context.site} does not let {each.name} (SHA-256 {each.sha256}) run; its operator "
-                    "can add the digest to `code` in the site's settings"
-                )
         script = self.scripts.deploy(task.job, spec, context)
         context.events.write("script deployed", job=task.job, files={each.name: each.sha256 for each in spec.files})
         return FLModel(meta={EXAMPLES: script.examples})
@@ -124,7 +138,8 @@ class InitializeScript(Executor):
 
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
         """Return the initial model's parameters."""
-        return FLModel(params=self.scripts.of(task.job).initial(task, model).params)
+        params = self.scripts.of(task.job, context).initial(task, model).params
+        return FLModel(params=without_excluded(params, model))
 
 
 class TrainScript(Executor):
@@ -139,11 +154,12 @@ class TrainScript(Executor):
 
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
         """Return what the script sends, with a weight: the script's own, else the number of registered examples."""
-        script = self.scripts.of(task.job)
+        script = self.scripts.of(task.job, context)
         answer = script.ask(task, model)
         if not answer.params:
             raise FederationError(f"the script of {context.site} was asked to train and has sent no params")
-        return msgspec.structs.replace(answer, meta={WEIGHT: script.examples, **answer.meta})
+        params = without_excluded(answer.params, model)
+        return msgspec.structs.replace(answer, params=params, meta={WEIGHT: script.examples, **answer.meta})
 
 
 class EvaluateScript(Executor):
@@ -158,7 +174,7 @@ class EvaluateScript(Executor):
 
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
         """Return the script's metrics, and nothing else of what it sends."""
-        return FLModel(metrics=self.scripts.of(task.job).ask(task, model).metrics)
+        return FLModel(metrics=self.scripts.of(task.job, context).ask(task, model).metrics)
 
 
 class SubmitModel(Executor):
@@ -173,7 +189,7 @@ class SubmitModel(Executor):
 
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
         """Return the parameters and metrics that the script sends."""
-        answer = self.scripts.of(task.job).ask(task, model)
+        answer = self.scripts.of(task.job, context).ask(task, model)
         if not answer.params:
             raise FederationError(f"the script of {context.site} was asked for its model and has sent no params")
         return FLModel(params=answer.params, metrics=answer.metrics)
@@ -195,6 +211,16 @@ class EndScript(Executor):
         return FLModel()
 
 
+def without_excluded(params: Parameters, model: FLModel) -> Parameters:
+    """Return parameters but for those that stay at the site, by the patterns that the task's model came with."""
+    patterns = [str(each) for each in model.meta.get(EXCLUDE) or ()]
+    return {
+        name: value
+        for name, value in params.items()
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
 def check_spec(job: str, spec: ClientSpec) -> None:
     """Refuse names from the server that are no plain names.
 
@@ -203,8 +229,7 @@ def check_spec(job: str, spec: ClientSpec) -> None:
     ProtocolError
         Naming what is wrong.
     """
-    if not _JOB.fullmatch(job):
-        raise ProtocolError(f"a script for a job called {job[:64]!r} is not taken; names are letters, digits, hyphens")
+    check_job(job)
     names: Mapping[str, int] = {each.name: each.size for each in spec.files}
     for name in names:
         if not _FILE.fullmatch(name) or PurePath(name).name != name:
@@ -214,6 +239,16 @@ def check_spec(job: str, spec: ClientSpec) -> None:
         raise ProtocolError(f"{', '.join(missing)} of job {job} is not among the files that were sent")
     if spec.processes < 1 or not spec.idle_s > 0:
         raise ProtocolError(f"job {job} asks for {spec.processes} processes and {spec.idle_s} s; both must be positive")
+
+
+def check_job(job: str) -> None:
+    """Refuse a job's name that is no plain name; raises `ProtocolError`."""
+    if not _JOB.fullmatch(job):
+        raise ProtocolError(f"a script for a job called {job[:64]!r} is not taken; names are letters, digits, hyphens")
+
+
+def _spec_file(job: str, context: SiteContext) -> Path:
+    return context.workspace / "scripts" / job / "spec.json"
 
 
 def count_examples(context: SiteContext) -> int:

@@ -16,8 +16,8 @@ import pytest
 
 from fedbio.errors import DataError, FedbioError, FederationError, ProtocolError, RefusedError
 from fedbio.executors import deployed, registry
-from fedbio.executors.script import Deploy, count_examples
-from fedbio.federation import FLModel, ParamsType
+from fedbio.executors.script import Deploy, InitializeScript, Scripts, count_examples
+from fedbio.federation import FLModel, ParamsType, Task
 from fedbio.federation.policy import Policy
 from fedbio.federation.workflows.study import meta
 
@@ -493,3 +493,39 @@ def test_ranks_of_torchrun_get_one_model_and_send_one(site: ScriptSite) -> None:
         site.train(FLModel(params=ONES.params, current_round=1))
     assert site.train(ONES).params["w"].tolist() == [3.0] * 4
     site.end()
+
+
+def test_new_process_of_a_site_takes_up_the_script_of_the_one_before(site: ScriptSite) -> None:
+    site.deploy(ADD_ONE)
+    Deploy(site.scripts).close()
+    site.scripts = Scripts()  # what a new process begins with
+    answer = site.train(FLModel(params={"w": np.zeros(3, np.float32)}))
+    assert answer.params["w"].tolist() == [1, 1, 1]
+    Deploy(site.scripts).close()
+    site.scripts = Scripts()
+    site.context.policy = Policy()
+    with pytest.raises(RefusedError, match=r"does not let train\.py"):
+        site.train(FLModel(params={"w": np.zeros(3, np.float32)}))
+
+
+def test_excluded_parameters_do_not_leave(site: ScriptSite) -> None:
+    site.deploy(
+        """
+        import numpy as np
+        import fedbio.client as flare
+
+        def net():
+            return {"w": np.zeros(3, np.float32), "bn.mean": np.ones(2, np.float32)}
+
+        if __name__ == "__main__":
+            flare.init()
+            while flare.is_running():
+                model = flare.receive()
+                flare.send(flare.FLModel(params=net()))
+        """,
+        initial="train.py:net",
+    )
+    asked = FLModel(params={"w": np.zeros(3, np.float32)}, meta={"exclude": ["bn.*"]})
+    assert set(site.train(asked).params) == {"w"}
+    task = Task(name="client/init", model=asked, job="job-1")
+    assert set(InitializeScript(site.scripts).execute(task, asked, site.context).params) == {"w"}

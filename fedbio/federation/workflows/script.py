@@ -7,6 +7,7 @@ __all__ = [
     "END",
     "EVALUATE",
     "EXAMPLES",
+    "EXCLUDE",
     "INIT",
     "SUBMIT_MODEL",
     "TRAIN",
@@ -23,6 +24,9 @@ DEPLOY, INIT, TRAIN, EVALUATE, SUBMIT_MODEL, END = (
     f"client/{name}" for name in ("deploy", "init", "train", "evaluate", "submit_model", "end")
 )
 """Names of the tasks; the script sees them without what is before the slash."""
+
+EXCLUDE = "exclude"
+"""Key in a task's meta: patterns of the names of parameters that stay at the site."""
 
 EXAMPLES = "examples"
 """Key in the answer to `DEPLOY`: how many examples a site registers, the most weight that it may claim."""

@@ -25,7 +25,7 @@ from fedbio.federation.workflows.deployment import Deployment
 from fedbio.federation.workflows.fedavg import FedAvg, Outcome
 from fedbio.federation.workflows.robust import coordinate_median, krum, norm_outliers, trimmed_mean
 from fedbio.federation.workflows.scaffold import COUNTED, initial_control, split_control, updated_control, with_control
-from fedbio.federation.workflows.script import EVALUATE, INIT, TRAIN
+from fedbio.federation.workflows.script import EVALUATE, EXCLUDE, INIT, TRAIN
 from fedbio.federation.workflows.server_optimizers import ServerOptimization, in_dtypes_of
 from fedbio.files import sha256_file, whole_file, write_whole
 from fedbio.settings_jobs import FedAvgJob
@@ -102,7 +102,8 @@ class ScriptFedAvg(FedAvg):
         if self.settings.model is not None:
             result = Result(task=INIT, model=FLModel(params=open_file(self.runtime.code / self.settings.model)))
         elif self.settings.client.initial is not None:
-            result = self.send(INIT, FLModel(total_rounds=self.rounds), expect=expect, delivery=delivery)
+            task = FLModel(meta={EXCLUDE: self.settings.exclude}, total_rounds=self.rounds)
+            result = self.send(INIT, task, expect=expect, delivery=delivery)
         else:
             raise SettingsError(
                 f"job {self.job}: no initial model; name a safetensors file (model) or a function of the script "
@@ -148,7 +149,7 @@ class ScriptFedAvg(FedAvg):
         self.meta = {
             "proximal_mu": self.settings.proximal_mu,
             "scaffold": self.settings.scaffold,
-            "exclude": self.settings.exclude,
+            EXCLUDE: self.settings.exclude,
             COUNTED: counted,
         }
         self.shared = with_control({}, self.beside.parts.get(CONTROL_VARIATE, {}))
@@ -180,7 +181,10 @@ class ScriptFedAvg(FedAvg):
         if self.settings.scaffold:
             named = {site for site, _, _ in updates}
             changes = [(each.site, split_control(each.model.params)[1]) for each in counting if each.site in named]
-            parts[CONTROL_VARIATE] = updated_control(parts[CONTROL_VARIATE], changes, len(self.training))
+            weights = self.training if self.settings.weighted else None
+            parts[CONTROL_VARIATE] = updated_control(
+                parts[CONTROL_VARIATE], changes, len(self.training), weights=weights
+            )
             counted = {site: np.array([model.current_round]) for site in named}
             parts[COUNTED_ROUNDS] = {**parts.get(COUNTED_ROUNDS, {}), **counted}
         if self.optimization is not None:
