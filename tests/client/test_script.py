@@ -201,7 +201,7 @@ def test_crash_between_two_tasks_costs_none_of_them(site: ScriptSite, caplog: py
     site.deploy(LOOP + "    flare.send(flare.FLModel(params=model.params))\n    raise OSError('after the answer')\n")
     for _ in range(2):
         assert site.train(ONES).params["w"].tolist() == [1.0] * 4
-        conversation = site.scripts.of("job-1")._current
+        conversation = site.scripts.of("job-1", site.context)._current
         assert conversation is not None
         wait_until(conversation.has_ended)
     assert "after the answer" in caplog.text
