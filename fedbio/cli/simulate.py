@@ -5,22 +5,42 @@ from __future__ import annotations
 __all__ = ["EXAMPLE", "configure", "run"]
 
 import argparse
+import typing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedbio.settings import RunSettings, load
+from fedbio.errors import SettingsError
+from fedbio.settings import JobsFile, RunSettings, TaskKind, check, load
+from fedbio.settings_files import read_settings, with_overrides
 
-EXAMPLE = "fedbio simulate config/config.yaml -o results/demo --set training.rounds=10"
+if TYPE_CHECKING:
+    from fedbio.federation.simulation import Simulation
+
+EXAMPLE = """
+fedbio simulate config/config.yaml -o results/demo --set training.rounds=10
+  fedbio simulate jobs.yaml --sites 100 --data sites/ -o results/many
+"""
+
+DATA_FILES = (".fasta", ".csv", ".tsv")
+"""Endings of sites' files of proteins, the first that is there is taken."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="settings of the run, such as config/config.yaml")
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG", help="settings of the run, such as config/config.yaml, or a job file"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="put a value over the settings")
     parser.add_argument("--sites", type=int, metavar="N", help="number of sites (default: as set)")
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="folder with one NAME.fasta per site (default: RUN/data)"
+    )
+    parser.add_argument(
+        "--pool",
+        type=int,
+        metavar="N",
+        help="play the sites in N processes; 0: each in one of its own (default: 0 up to 8 sites, else all processors)",
     )
 
 
@@ -28,51 +48,96 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run all parties to their end."""
     from fedbio.federation.simulation import simulate
 
+    for name, value, least in (("--pool", args.pool, 0), ("--sites", args.sites, 1)):
+        if value is not None and value < least:
+            raise SettingsError(f"{name} {value}: expected a number of at least {least}")
+    is_job_file = "jobs" in read_settings(args.config)
+    what = _of_job_file(args) if is_job_file else _of_settings(args)
+    simulate(what, args.output, processes=args.pool)
+    model = args.output / "global"
+    if not args.json:
+        where = "the model in global/" if model.exists() else "the models in server/models/"
+        print(f"done; every party's folder and {where} are in {args.output}")
+    return {"output": str(args.output), **({"model": str(model)} if model.exists() else {})}
+
+
+def _of_settings(args: argparse.Namespace) -> Simulation:
+    """Return what the settings of a run say, its data dealt out."""
+    from fedbio.federation.simulation import Simulation
+
     overrides = [*args.set, *([f"sites.count={args.sites}"] if args.sites else [])]
     settings = load(args.config, RunSettings, overrides)
     data = args.data or args.output / "data"
     if args.data is None:
         _deal_out(settings, args.output, data)
-    simulate(settings, args.output, data)
-    if not args.json:
-        print(f"done; every party's folder and the model in global/ are in {args.output}")
-    return {"output": str(args.output), "model": str(args.output / "global")}
+    return Simulation(
+        jobs=settings.jobs(),
+        sites={name: data / f"{name}.fasta" for name in settings.sites.names},
+        allow=("map",) if settings.report.map else (),
+        driver=settings.driver,
+        device=settings.device,
+        embeddings=settings.embeddings,
+        synthetic=settings.dataset == "demo",
+        save_model=_save_model,
+    )
+
+
+def _of_job_file(args: argparse.Namespace) -> Simulation:
+    """Return what a job file says; its sites are those of `--sites`, its own, or those whose data are there."""
+    from fedbio.federation.job_files import check_job_files
+    from fedbio.federation.simulation import Simulation
+
+    content = with_overrides(read_settings(args.config), args.set, args.config)
+    jobs = check(content, JobsFile, args.config)
+    if args.data is None:
+        raise SettingsError(f"fedbio simulate {args.config}: --data: name the folder with one NAME.fasta per site")
+    there = {path.stem: path for suffix in reversed(DATA_FILES) for path in args.data.glob(f"*{suffix}")}
+    names = jobs.sites or sorted(there)
+    if args.sites:
+        names = [f"site-{number}" for number in range(1, args.sites + 1)]
+    if not names:
+        raise SettingsError(f"{args.data}: no site's file is there; `fedbio data split FILE -o {args.data}` makes them")
+    return Simulation(
+        jobs=check({**content, "sites": names}, JobsFile, args.config),
+        sites={name: there.get(name, args.data / f"{name}.fasta") for name in names},
+        files=check_job_files(jobs.jobs, args.config.parent, args.config),
+        # whoever plays all parties is the operator of each
+        allow=typing.get_args(TaskKind),
+        save_model=_save_model,
+    )
+
+
+def _save_model(folder: Path, params: Any, publication: Any) -> None:
+    # imported here: until a model is published nothing of it is needed
+    from fedbio.executors.publish import save_global
+
+    save_global(folder, params, publication)
 
 
 def _deal_out(settings: RunSettings, output: Path, data: Path) -> None:
-    """Deal the data set's proteins out to sites, unless that was done already."""
-    if all((data / f"{name}.fasta").is_file() for name in settings.sites.names):
+    """Deal the data set's proteins out to sites, unless that was done already: what the Snakefile's rules do."""
+    sites, demo = settings.sites, settings.demo
+    if all((data / f"{name}.fasta").is_file() for name in sites.names):
         return
-    proteins = str(output / "proteins.fasta")
+    proteins: str | Path = output / "proteins.fasta"
     if settings.dataset == "demo":
-        _data(
-            "demo",
-            "-o",
-            proteins,
-            "--count",
-            settings.demo.proteins,
-            "--seed",
-            settings.demo.seed,
-            "--difficulty",
-            settings.demo.difficulty,
-        )
+        _data("demo", output=proteins, count=demo.proteins, seed=demo.seed, difficulty=demo.difficulty)
     elif Path(settings.dataset).is_file():
         proteins = settings.dataset
     else:
         proteins = _data("fetch", settings.dataset)["path"]
-    sites = settings.sites
-    limit = ["--limit", settings.max_proteins] if settings.max_proteins else []
-    labels = ["--labels", settings.labels] if settings.labels else []
     _data(
-        "split", proteins, "-o", data, "--names", ",".join(sites.names), "--by", sites.by, "--alpha", sites.alpha,
-        "--seed", sites.seed, "--classes", ",".join(settings.classes), *limit, *labels,
+        "split", proteins, output=data, names=",".join(sites.names), by=sites.by, alpha=sites.alpha, seed=sites.seed,
+        classes=",".join(settings.classes), limit=settings.max_proteins, labels=settings.labels,
     )  # fmt: skip
 
 
-def _data(*arguments: object) -> dict[str, Any]:
-    """Do what ``fedbio data`` does with these arguments."""
+def _data(verb: str, *inputs: object, **options: object) -> dict[str, Any]:
+    """Do what ``fedbio data`` does with these arguments; an option that is None is left out."""
     from fedbio.cli import data as command
 
+    given = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
     parser = argparse.ArgumentParser()
     command.configure(parser)
-    return command.run(argparse.Namespace(**vars(parser.parse_args([*map(str, arguments)])), json=True))
+    args = parser.parse_args([verb, *map(str, inputs), *given])
+    return command.run(argparse.Namespace(**vars(args), json=True))

@@ -1,93 +1,151 @@
-"""Play all parties of a federation on this machine, each as a process of its own over mutual TLS."""
+"""Play all parties of a federation on this machine: each a process of its own, or many sites on a pool of processes."""
 
 from __future__ import annotations
 
-__all__ = ["simulate"]
+__all__ = ["Simulation", "simulate"]
 
 import logging
 import os
 import shutil
 import socket
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import yaml
 
 from fedbio.errors import SettingsError
+from fedbio.federation.model import Parameters
 from fedbio.federation.party import UNFINISHED
+from fedbio.federation.simulation_pool import play
 from fedbio.federation.supervisor import Process, supervise
 from fedbio.files import write_whole
 from fedbio.provision import provision
 from fedbio.results import PARTY_FILE, read_party
-from fedbio.settings import FederationFile, RunSettings, ServerParty, Transport
+from fedbio.settings import FederationFile, JobsFile, ServerParty, TaskKind, Transport
+from fedbio.settings_parts import DRIVER
 
 log = logging.getLogger(__name__)
 
 SERVER = "server"
 
+HANDFUL = 8
+"""More sites than these are played by a pool of processes, if nobody says otherwise."""
 
-def simulate(settings: RunSettings, run: Path, data: Path) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """What is played.
+
+    Parameters
+    ----------
+    jobs : JobsFile
+        With the names of all sites.
+    sites : mapping of str to Path
+        Each site's file of proteins.
+    files : mapping of str to Path
+        Those that jobs name.
+    allow : tuple of str
+        Kinds of task that every site takes beside the usual ones; ``code`` lets any script run.
+    driver, device, embeddings, synthetic
+        See `fedbio.settings.RunSettings` and `fedbio.federation.Site`.
+    save_model : callable
+        Writes the model that a job publishes into a folder, see `fedbio.federation.Server`.
+    """
+
+    jobs: JobsFile
+    sites: Mapping[str, Path]
+    files: Mapping[str, Path] = field(default_factory=dict)
+    allow: tuple[TaskKind, ...] = ()
+    driver: str = DRIVER
+    device: str = "auto"
+    embeddings: str | None = None
+    synthetic: bool = False
+    save_model: Callable[[Path, Parameters, msgspec.Struct], None]
+
+    @property
+    def threads(self) -> int:
+        """Threads with which each site computes: the same, and thus the same bits, whoever plays it."""
+        return max(1, len(os.sched_getaffinity(0)) // len(self.sites))
+
+
+def simulate(what: Simulation, run: Path, *, processes: int | None = None) -> None:
     """Run a server and all sites to their end; a run that was broken off goes on where it was.
 
     Parameters
     ----------
-    settings : RunSettings
+    what : Simulation
     run : Path
         Gets ``federation/`` (kits and job file), one folder per party, and ``global/``, the model.
-    data : Path
-        The folder with one ``NAME.fasta`` per site.
+    processes : int, optional
+        That play the sites; 0 for each site one of its own. By default that is so up to `HANDFUL` sites, and more of
+        them are played by as many processes as there are processors.
 
     Raises
     ------
     FedbioError
         If a party fails: names it and shows its last lines, with its exit code.
     """
-    files = {site: data / f"{site}.fasta" for site in settings.sites.names}
-    missing = [str(path) for path in files.values() if not path.is_file()]
+    missing = [str(path) for path in what.sites.values() if not path.is_file()]
     if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise SettingsError(
-            f"{', '.join(missing)}: not found; make the sites' files with `fedbio data split ... -o {data}`"
+            f"{', '.join(missing[:3])}{more}: not found; make the sites' files with "
+            f"`fedbio data split ... -o {Path(missing[0]).parent}`"
         )
-    address = f"127.0.0.1:{_free_port()}"
     kits = run / "federation"
+    address = f"127.0.0.1:{_free_port()}"
     provision(
         FederationFile(
             federation="simulation",
             server=ServerParty(address=address),
-            sites=settings.sites.names,
-            admin=None,
-            driver=settings.driver,
+            sites=list(what.sites),
+            driver=what.driver,
         ),
         kits,
     )
-    jobs = kits / "jobs.yaml"
-    wanted = settings.jobs().model_dump(mode="json")
-    if _is_finished(run, [SERVER, *files], wanted):
+    wanted = what.jobs.model_dump(mode="json")
+    if _is_finished(run, [SERVER, *what.sites], wanted):
         log.info("nothing to do, every party has finished these jobs")
         return
-    write_whole(jobs, yaml.safe_dump(wanted, sort_keys=False))
+    for name, path in what.files.items():
+        shutil.copyfile(path, kits / name)
+    write_whole(kits / "jobs.yaml", yaml.safe_dump(wanted, sort_keys=False))
+    if processes is None:
+        processes = 0 if len(what.sites) <= HANDFUL else len(os.sched_getaffinity(0))
+    if processes:
+        play(what, run, kits, processes)
+    else:
+        _supervise(what, run, kits, address)
+    if (run / SERVER / "global").exists():
+        _copy_model(run / SERVER / "global", run / "global")
+
+
+def _supervise(what: Simulation, run: Path, kits: Path, address: str) -> None:
+    """Run each party as a process of its own over mutual TLS."""
     # the port is free now, and may be another one than in a run that was broken off
-    server = ["server", "--kit", kits / SERVER, "--jobs", jobs, "-o", run / SERVER, "--listen", address]
-    threads = max(1, len(os.sched_getaffinity(0)) // settings.sites.count)
+    server = ["server", "--kit", kits / SERVER, "--jobs", kits / "jobs.yaml", "-o", run / SERVER, "--listen", address]
     processes = [_process(SERVER, run, server)]
-    same = _as_overrides(settings)
-    for site, path in files.items():
+    same = _as_overrides(what.jobs)
+    for site, path in what.sites.items():
         arguments = ["site", "--kit", kits / site, "--data", path, "-o", run / site, "--server", address]
-        arguments += ["--device", settings.device, "--threads", threads]
-        arguments += ["--embeddings", settings.embeddings] if settings.embeddings else []
-        arguments += ["--allow", "map"] if settings.report.map else []
-        arguments += ["--synthetic"] if settings.dataset == "demo" else []
+        arguments += ["--device", what.device, "--threads", what.threads]
+        arguments += ["--embeddings", what.embeddings] if what.embeddings else []
+        arguments += [part for kind in what.allow for part in ("--allow", kind)]
+        arguments += ["--code", "any"] if "code" in what.allow else []
+        arguments += ["--synthetic"] if what.synthetic else []
         arguments += same
         processes.append(_process(site, run, arguments))
     supervise(processes, {**os.environ, "PYTHONUNBUFFERED": "1"})
-    _copy_model(run / SERVER / "global", run / "global")
 
 
-def _as_overrides(settings: RunSettings) -> list[str]:
+def _as_overrides(jobs: JobsFile) -> list[str]:
     """Return what the server is given in its jobs file, as arguments of a site."""
-    chosen = settings.transport.model_dump(include=set(Transport.model_fields))
+    chosen = jobs.transport.model_dump(include=set(Transport.model_fields))
     changed = {key: value for key, value in chosen.items() if value != Transport.model_fields[key].default}
-    pairs = {"heartbeat_s": settings.federation.heartbeat_s, **{f"transport.{key}": changed[key] for key in changed}}
+    pairs = {"heartbeat_s": jobs.federation.heartbeat_s, **{f"transport.{key}": changed[key] for key in changed}}
     return [part for key, value in pairs.items() for part in ("--set", f"{key}={value}")]
 
 
@@ -98,7 +156,8 @@ def _process(name: str, run: Path, arguments: list[object]) -> Process:
 def _is_finished(run: Path, parties: list[str], jobs: dict[str, object]) -> bool:
     if not all((run / party / PARTY_FILE).exists() and not (run / party / UNFINISHED).exists() for party in parties):
         return False
-    return read_party(run / SERVER / PARTY_FILE).settings == jobs and (run / "global").exists()
+    whole = (run / "global").exists() or not (run / SERVER / "global").exists()
+    return read_party(run / SERVER / PARTY_FILE).settings == jobs and whole
 
 
 def _copy_model(source: Path, target: Path) -> None:
