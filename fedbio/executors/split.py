@@ -66,7 +66,7 @@ class SplitParts:
             raise RefusedError(f"{context.site} has no certificate, with which sites prove to each other who they are")
         member = self._members.get(task.job)
         if member is None or member.order.run != order.run:
-            script = SplitScript(task.job, self._scripts.of(task.job).spec, context)
+            script = SplitScript(task.job, self._scripts.of(task.job, context).spec, context)
             member = self._members[task.job] = _Member(order, script, script.rows(order.role(context.site)))
         member.meeting = Meeting(
             context.identity, site=context.site, job=task.job, session=order.session, examples=len(member.rows.ids)
