@@ -73,7 +73,12 @@ class FLCallback(TrainerCallback):
     ) -> None:
         exchange = self.exchange(args)
         exchange.begin(kwargs["model"])
-        exchange.must_train()
+        exchange.train(kwargs["model"], [kwargs["optimizer"]])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.exchange(args).before_step()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,6 +104,8 @@ def patch(trainer: Trainer, restore_state: bool = True, load_state_dict_strict: 
     Parameters
     ----------
     trainer : transformers.Trainer
+        It corrects gradients by itself where a job asks for FedProx or SCAFFOLD (for this, with ``optim="sgd"`` and a
+        constant schedule).
     restore_state : bool
         Whether the optimizer's state lives on from round to round at this site.
     load_state_dict_strict : bool

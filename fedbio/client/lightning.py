@@ -44,6 +44,9 @@ from fedbio.client.exchange import Exchange
 from fedbio.client.model import FLModel, ParamsType
 
 # Lightning comes under two names, each with classes of its own, and takes seconds to load: a script has one of them
+if TYPE_CHECKING:
+    import torch
+
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning" in sys.modules:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.loggers import Logger
@@ -70,6 +73,7 @@ def patch(
     Parameters
     ----------
     trainer : lightning.pytorch.Trainer
+        It corrects gradients by itself where a job asks for FedProx or SCAFFOLD (for this, with plain SGD).
     restore_state : bool
         Whether the states of optimizers, learning rate schedulers and the scaler of mixed precision live on from round
         to round at this site.
@@ -111,7 +115,7 @@ class FLCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._exchange.begin(pl_module)
-        self._exchange.must_train()
+        self._exchange.train(pl_module, trainer.optimizers)
         loop = trainer.fit_loop
         if self._per_round is None:
             self._per_round = (-1 if loop.max_epochs is None else loop.max_epochs, loop.max_steps)
@@ -128,6 +132,12 @@ class FLCallback(Callback):
             loop.epoch_loop.max_steps = steps if steps < 0 else trainer.global_step + steps
         else:
             loop.max_epochs = epochs
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        # after the unscaling of mixed precision, before clipping
+        self._exchange.before_step()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._exchange.task == "train":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,21 +12,20 @@ from fedbio.client.link import Metric, QueueLink
 from fedbio.client.session import leave, offer
 from fedbio.federation.model import FLModel, Result, Task
 
-ABOUT = {"site_name": "site-1", "job_id": "job-1", "data": "", "workspace": ""}
-
 
 class AtHand:
     """Gives tasks to the script that runs on this thread, and keeps what it answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, workspace: Path) -> None:
         self.results: list[Result] = []
         self.metrics: list[Metric] = []
-        self.link = QueueLink(ABOUT, lambda task: None, self.results.append, self.metrics.append)
+        about = {"site_name": "site-1", "job_id": "job-1", "data": "", "workspace": str(workspace)}
+        self.link = QueueLink(about, lambda task: None, self.results.append, self.metrics.append)
 
-    def ask(self, name: str, params: dict[str, Any], current_round: int = 0) -> None:
+    def ask(self, name: str, params: dict[str, Any], current_round: int = 0, **meta: Any) -> None:
         """Have the script do one task."""
         arrays = {key: value.detach().numpy().copy() for key, value in params.items()}
-        model = FLModel(params=arrays, current_round=current_round, total_rounds=3)
+        model = FLModel(params=arrays, current_round=current_round, total_rounds=3, meta=meta)
         self.link.put(Task(name=f"client/{name}", model=model, job="job-1"))
 
     def end(self) -> None:
@@ -34,8 +34,8 @@ class AtHand:
 
 
 @pytest.fixture
-def here() -> Iterator[AtHand]:
-    found = AtHand()
+def here(tmp_path: Path) -> Iterator[AtHand]:
+    found = AtHand(tmp_path)
     offer(found.link, lambda: "torch")
     yield found
     leave()

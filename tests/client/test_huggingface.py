@@ -167,6 +167,26 @@ def test_the_callback_alone_serves_a_script_that_only_trains(here: AtHand, folde
         patched.train()
 
 
+def test_fedprox_holds_the_model_near_to_the_one_that_was_received(here: AtHand, folder: Path) -> None:  # noqa: F811
+    start = tiny().state_dict()
+    for mu in (0.0, 5.0):
+        here.ask("train", start, proximal_mu=mu)
+    here.end()
+    patched = trainer(folder)
+    patched.args.optim, patched.args.lr_scheduler_type = "sgd", "constant"
+    flare.patch(patched)
+    loop(patched)
+    free, held = (each.model.params for each in here.results)
+    # two steps w1 = w0 - r g0, w2 = w1 - r (g1 + mu (w1 - w0)): the second is shorter by r mu (w1 - w0)
+    one = trainer(folder, model=tiny())
+    one.args.optim, one.args.lr_scheduler_type, one.args.max_steps = "sgd", "constant", 1
+    one.train()
+    for name, value in one.model.state_dict().items():
+        shorter = 1e-2 * 5.0 * (value.numpy() - start[name].numpy())
+        np.testing.assert_allclose(free[name] - held[name], shorter, rtol=1e-3, atol=5e-7)
+    assert any(np.abs(free[name] - held[name]).max() > 1e-5 for name in free)
+
+
 def test_evaluations_within_a_training_and_of_several_sets_are_told_apart(here: AtHand, folder: Path) -> None:  # noqa: F811
     here.ask("train", tiny().state_dict())
     here.end()

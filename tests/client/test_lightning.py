@@ -85,17 +85,23 @@ def loop(module: Line, patched: lightning.Trainer, *, validate: bool = True) -> 
         patched.fit(module, module.data(), module.data())
 
 
-def trained_by_hand(start: dict[str, torch.Tensor], epochs: int) -> dict[str, np.ndarray]:
-    """Gradient descent on the same batches, without Lightning."""
+def trained_by_hand(
+    start: dict[str, torch.Tensor],
+    epochs: int,
+    mu: float = 0.0,
+    correction: dict[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """Gradient descent on the same batches, without Lightning, on the loss of FedProx or with SCAFFOLD's correction."""
     module = Line()
     module.load_state_dict(start)
     for _ in range(epochs):
         for features, targets in module.data():
             loss = torch.nn.functional.mse_loss(module.line(features), targets)
+            loss = loss + mu / 2 * sum((each - start[name]).square().sum() for name, each in module.named_parameters())
             loss.backward()
             with torch.no_grad():
-                for each in module.parameters():
-                    each -= 0.05 * each.grad
+                for name, each in module.named_parameters():
+                    each -= 0.05 * (each.grad + (0 if correction is None else torch.from_numpy(correction[name])))
                     each.grad = None
     return {name: value.detach().numpy() for name, value in module.state_dict().items()}
 
@@ -247,6 +253,73 @@ def test_what_a_module_logs_goes_to_the_server(here: AtHand) -> None:  # noqa: F
     loop(module, patched)
     found = [(each.key, each.step) for each in here.metrics if each.key == "site-train_loss"]
     assert found == [("site-train_loss", 0), ("site-train_loss", 1), ("site-train_loss", 2)]
+
+
+def test_fedprox_trains_on_its_proximal_loss(here: AtHand) -> None:  # noqa: F811
+    start = zeros()
+    here.ask("train", start, proximal_mu=2.0)
+    here.end()
+    patched, module = trainer(max_epochs=3), Line()
+    flare.patch(patched)
+    loop(module, patched)
+    expected, plain = trained_by_hand(start, 3, mu=2.0), trained_by_hand(start, 3)
+    for name, value in here.results[0].model.params.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5)
+        assert np.abs(expected[name] - plain[name]).max() > 1e-2
+
+
+def test_scaffold_corrects_each_step_and_sends_the_change_of_its_variate(here: AtHand) -> None:  # noqa: F811
+    start = zeros()
+    common = [
+        {"line.weight": np.array([[0.5, -0.25]], np.float32), "line.bias": np.array([1.0], np.float32)},
+        {"line.weight": np.array([[-0.5, 0.75]], np.float32), "line.bias": np.array([0.25], np.float32)},
+    ]
+    for number, variate in enumerate(common):
+        control = {f"scaffold/{name}": torch.from_numpy(value) for name, value in variate.items()}
+        counted = {} if number == 0 else {"site-1": 0}
+        here.ask("train", {**start, **control}, number, scaffold=True, scaffold_counted=counted)
+    here.end()
+    patched, module = trainer(max_epochs=2), Line()
+    flare.patch(patched)
+    loop(module, patched)
+    own = {name: np.zeros_like(value) for name, value in common[0].items()}
+    steps = 2 * ROWS // BATCH
+    for variate, result in zip(common, here.results, strict=True):
+        expected = trained_by_hand(start, 2, correction={name: variate[name] - own[name] for name in own})
+        for name, value in expected.items():
+            np.testing.assert_allclose(result.model.params[name], value, rtol=1e-5, atol=1e-7)
+            # option II: c_i+ = c_i - c + (x - y) / (K * rate)
+            change = (start[name].numpy() - value) / (steps * 0.05) - variate[name]
+            np.testing.assert_allclose(result.model.params[f"scaffold/{name}"], change, rtol=1e-4, atol=1e-5)
+            own[name] = own[name] + change
+
+
+def test_scaffold_with_another_optimizer_is_refused(here: AtHand) -> None:  # noqa: F811
+    control = {f"scaffold/{name}": value for name, value in zeros().items()}
+    here.ask("train", {**zeros(), **control}, scaffold=True)
+    patched, module = trainer(), Line("Adam")
+    flare.patch(patched)
+    with pytest.raises(FederationError, match=r"needs one torch\.optim\.SGD without momentum"):
+        loop(module, patched)
+
+
+def test_what_the_job_excludes_stays_at_the_site_over_a_restart_of_the_script(here: AtHand) -> None:  # noqa: F811
+    here.ask("train", zeros(), exclude=["*.bias"])
+    here.ask("train", {"line.weight": torch.ones(1, 2)}, 1, exclude=["*.bias"])
+    here.end()
+    patched, module = trainer(), Line()
+    flare.patch(patched)
+    assert flare.is_running()
+    patched.fit(module, module.data(), module.data())
+    assert set(here.results[0].model.params) == {"line.weight"}
+    own = module.line.bias.detach().clone()
+    # a script that is started again knows nothing of the one before but its files
+    again, fresh = trainer(), Line()
+    flare.patch(again)
+    assert flare.is_running()
+    again.validate(fresh, fresh.data(), verbose=False)
+    assert fresh.line.bias.tolist() == own.tolist()
+    assert fresh.line.weight.tolist() == [[1.0, 1.0]]
 
 
 @pytest.mark.slow
