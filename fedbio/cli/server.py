@@ -59,9 +59,13 @@ def load_kit(folder: Path, role: str) -> KitFile:
     kit = load(folder / "kit.yaml", KitFile)
     if kit.role != role:
         raise SettingsError(
-            f"{folder / 'kit.yaml'}: role: the kit of {kit.party} is for a {kit.role}, not for a {role}"
+            f"{folder / 'kit.yaml'}: role: the kit of {kit.party} is for {_a(kit.role)}, not for {_a(role)}"
         )
     return kit
+
+
+def _a(role: str) -> str:
+    return f"{'an' if role == 'admin' else 'a'} {role}"
 
 
 def listen_address(address: str) -> str:

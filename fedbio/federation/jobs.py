@@ -76,8 +76,8 @@ class JobQueue:
         Runs a job to its end, on a thread of the queue; raises if it fails.
     interrupt : callable
         Given a job's name and an error, has `run` raise as soon as it waits for sites.
-    over : callable
-        Told each job that has ended, after it was noted: its name, how, and why.
+    note, over : callable
+        Told each job that has ended, before and after this is in the state: its name, how, and why.
     at_once : int
         The most jobs that run at the same time.
     folder : Path
@@ -90,11 +90,13 @@ class JobQueue:
         *,
         run: Callable[[JobEntry], None],
         interrupt: Callable[[str, FedbioError], None],
+        note: Callable[[str, JobState, str], None],
         over: Callable[[str, JobState, str], None],
         at_once: int = 1,
         folder: Path,
     ) -> None:
-        self._state, self._run, self._interrupt, self._over = state, run, interrupt, over
+        self._state, self._run, self._interrupt = state, run, interrupt
+        self._note, self._over = note, over
         self.at_once, self.folder = at_once, folder
         self._changed = threading.Condition()
         self._waiting: dict[str, JobEntry] = {}
@@ -294,6 +296,8 @@ class JobQueue:
         self._changed.notify_all()
 
     def _end(self, name: str, state: JobState, reason: str) -> None:
+        # who follows the job's events reads on until its state says that there are no more
+        self._note(name, state, reason)
         self._state.move(name, state, reason)
         log.info("job %s job=%s%s", state, name, f" reason={reason}" if reason else "")
         self._changed.notify_all()

@@ -188,6 +188,7 @@ class Server:
             self._state,
             run=self._run_job,
             interrupt=self._interrupt,
+            note=self._note_end,
             over=self._job_over,
             at_once=self.jobs.federation.jobs_at_once,
             folder=self.workspace / "jobs",
@@ -267,10 +268,12 @@ class Server:
         self._desk.interrupt(job, error)
         self._lockstep.interrupt(job, str(error))
 
-    def _job_over(self, job: str, state: JobState, reason: str) -> None:
-        """Tell the sites how a job has ended; those that are away hear it when they are back."""
+    def _note_end(self, job: str, state: JobState, reason: str) -> None:
         if state is not JobState.DONE:
             self._party.events.write(f"job {state}", job=job, reason=reason)
+
+    def _job_over(self, job: str, state: JobState, reason: str) -> None:
+        """Tell the sites how a job has ended; those that are away hear it when they are back."""
         if state is JobState.FAILED and not self._queue.serving:
             return  # the server ends with it, and says so
         message = _job_done(job, state, reason)

@@ -100,6 +100,7 @@ class Work:
             State(folder),
             run=self.run,
             interrupt=self.interrupted.__setitem__,
+            note=lambda *end: None,
             over=lambda *end: self.over.append((end[0], str(end[1]), end[2])),
             folder=folder / "jobs",
             **options,
