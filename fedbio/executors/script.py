@@ -207,7 +207,10 @@ class EndScript(Executor):
 
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
         """Stop the script; nothing but an empty answer leaves."""
+        check_job(task.job)
         self.scripts.forget(task.job, politely=True)
+        # no later process of this site takes it up
+        _spec_file(task.job, context).unlink(missing_ok=True)
         return FLModel()
 
 

@@ -322,6 +322,19 @@ def test_end_lets_the_script_finish_its_own_way(site: ScriptSite, launch: str) -
         site.train(ONES)
 
 
+def test_site_that_comes_back_takes_its_script_up(site: ScriptSite) -> None:
+    site.deploy(ADD_ONE)
+    site.train(ONES)
+    Deploy(site.scripts).close()
+    again = ScriptSite(site.context)
+    assert again.train(ONES).params["w"].tolist() == [2.0] * 4
+    Deploy(again.scripts).close()
+    # but not what its operator does not let run any more
+    site.context.policy = Policy()
+    with pytest.raises(RefusedError, match="does not let"):
+        ScriptSite(site.context).train(ONES)
+
+
 def test_end_kills_a_script_that_does_not_end(site: ScriptSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployed, "POLITE_S", 0.5)
     monkeypatch.setattr(deployed, "FIRM_S", 0.5)
