@@ -29,6 +29,8 @@ COLUMNS = ("model", "site", "metric", "value")
 
 SUFFIX = ".safetensors"
 
+NO_SCRIPT = "it has not taken the job's script, or registers no examples"
+
 
 class Row(msgspec.Struct, frozen=True):
     """What became of one model.
@@ -80,10 +82,9 @@ class CrossSiteEvaluation(Controller):
         """Fill the matrix; return its rows by model."""
         for path in self.files.values():
             open_file(path)  # a damaged file is told of before anybody has worked
-        ready = self.deployment.sites()
         sites = self.all_sites()
         if self.settings.sites:
-            self.collect(sites, ready)
+            self.collect(sites)
         rows: dict[str, Row] = {}
         for name in (*self.files, *(sites if self.settings.sites else ())):
             rows[name] = self.state.noted(self.job, _row(name), Row) or self.fill(name, sites)
@@ -99,7 +100,12 @@ class CrossSiteEvaluation(Controller):
             self.state.note(self.job, "sites", sites)
         return sites
 
-    def collect(self, sites: Sequence[str], ready: Sequence[str]) -> None:
+    def ready(self, sites: Sequence[str]) -> list[str]:
+        """Return those that have taken the script; one of them that is away now is waited for with its task."""
+        self.deployment.sites()
+        return [site for site in sites if self.deployment.examples.get(site)]
+
+    def collect(self, sites: Sequence[str]) -> None:
         """Ask every site that has not submitted its model yet for it."""
         lacking = [
             site
@@ -107,11 +113,12 @@ class CrossSiteEvaluation(Controller):
             if self.state.noted(self.job, _submitted(site), str) is None
             and self.state.noted(self.job, _row(site), Row) is None
         ]
-        missing = {site: "it has not taken the job's script" for site in lacking if site not in ready}
+        ready = self.ready(lacking)
+        missing = {site: NO_SCRIPT for site in lacking if site not in ready}
         self.broadcast_and_wait(
             SUBMIT_MODEL,
             FLModel(),
-            [site for site in lacking if site in ready],
+            ready,
             min_responses=0,
             expect=ANY_TENSORS,
             on_result=self.submitted,
@@ -138,12 +145,12 @@ class CrossSiteEvaluation(Controller):
 
     def fill(self, name: str, sites: Sequence[str]) -> Row:
         """Have every site try one model, and note what they have measured."""
-        ready = self.deployment.sites()
-        missing = {site: "it has not taken the job's script" for site in sites if site not in ready}
+        ready = self.ready(sites)
+        missing = {site: NO_SCRIPT for site in sites if site not in ready}
         results = self.broadcast_and_wait(
             EVALUATE,
             FLModel(params=open_file(self.path(name))),
-            [site for site in sites if site in ready],
+            ready,
             min_responses=0,
             missing=missing,
         )
