@@ -13,6 +13,7 @@ from torch import nn
 
 from fedbio.client.algorithms import ControlVariates, Scaffold, exclude, proximal_term, restore
 from fedbio.errors import FederationError, SettingsError
+from fedbio.federation import FLModel
 from fedbio.federation.workflows.scaffold import (
     CONTROL,
     COUNTED,
@@ -22,6 +23,8 @@ from fedbio.federation.workflows.scaffold import (
     with_control,
 )
 from fedbio.tensors import weighted_mean
+
+from .conftest import LOOP, ScriptSite
 
 Array = np.ndarray[Any, Any]
 Model = dict[str, Array]
@@ -106,6 +109,82 @@ def scaffold_round(
         updates.append((name, params, 1.0))
         changes.append((name, control_change))
     return weighted_mean(updates), changes
+
+
+# scripts in processes of their own
+
+ALL_OF_THEM = """
+import torch
+from torch import nn
+import fedbio.client as flare
+from fedbio.client.algorithms import Scaffold, exclude, proximal_term, restore
+
+torch.manual_seed(0)
+model = nn.ModuleDict({"fc": nn.Linear(3, 1), "bn": nn.BatchNorm1d(3)})
+x, y = torch.randn(8, 3), torch.randn(8, 1)
+flare.init()
+kept = flare.system_info()["workspace"] + "/own.safetensors"
+while flare.is_running():
+    input_model = flare.receive()
+    scaffold = Scaffold(model, input_model, 0.1, flare.system_info()["workspace"])
+    model.load_state_dict(restore(input_model.params, model.state_dict(), keep=kept))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model["fc"](model["bn"](x)), y)
+        loss = loss + proximal_term(model, input_model.params, input_model.meta["proximal_mu"])
+        loss.backward()
+        scaffold.correct()
+        optimizer.step()
+    seen = float(model["bn"].num_batches_tracked)
+    params = exclude(model.state_dict(), input_model.meta["exclude"], keep=kept)
+    flare.send(flare.FLModel(params={**params, **scaffold.finish()}, metrics={"loss": loss.item(), "seen": seen}))
+"""
+
+
+@pytest.mark.slow
+def test_a_torch_script_uses_all_of_them_and_goes_on_after_its_end(site: ScriptSite) -> None:
+    params = {"fc.weight": np.zeros((1, 3), F), "fc.bias": np.zeros(1, F)}
+    control = {name: np.full_like(each, 0.25) for name, each in params.items()}
+    own = initial_control(params)
+    seen = []
+    for number in range(2):
+        # a new process for each round: what is to stay is in files
+        site.deploy(ALL_OF_THEM)
+        meta = {"proximal_mu": 0.5, "exclude": ["bn.*"], COUNTED: {"site-1": number - 1} if number else {}}
+        answer = site.train(FLModel(params=with_control(params, control), current_round=number, meta=meta))
+        site.end()
+        trained, change = split_control(answer.params)
+        assert trained.keys() == change.keys() == params.keys()
+        for name, each in change.items():
+            # with four steps of 0.1
+            expected = own[name] - control[name] + (params[name] - trained[name]) / 0.4
+            own[name] = own[name] + each
+            np.testing.assert_allclose(own[name], expected, rtol=1e-5, atol=1e-6)
+        params = trained
+        seen.append(answer.metrics["seen"])
+    assert seen == [4.0, 8.0]
+
+
+def test_a_script_without_torch_corrects_its_gradients(site: ScriptSite) -> None:
+    site.deploy(
+        LOOP.replace("flare.init()", "from fedbio.client.algorithms import ControlVariates\nflare.init()")
+        + """
+    variates = ControlVariates(model, 0.5, flare.system_info()["workspace"])
+    weight = model.params["w"]
+    for step in range(2):
+        weight -= 0.5 * ((weight - 3) + variates.correction["w"])
+    flare.send(flare.FLModel(params={"w": weight, **variates.finish({"w": weight}, 2)}))
+"""
+    )
+    sent = {"w": np.zeros(1, F), CONTROL + "w": np.full(1, 1.0, F)}
+    first = site.train(FLModel(params=sent, current_round=0, meta={COUNTED: {}})).params
+    # towards 3 - 1, half of the way, twice; the mean of the corrected gradients -2 and -1, less c
+    assert {name: each.tolist() for name, each in first.items()} == {"w": [1.5], CONTROL + "w": [-2.5]}
+    second = site.train(FLModel(params=sent, current_round=1, meta={COUNTED: {"site-1": 0}})).params
+    # c - c_i is 3.5 now: towards -0.5
+    assert {name: each.tolist() for name, each in second.items()} == {"w": [-0.375], CONTROL + "w": [-0.625]}
+    site.end()
 
 
 # FedProx

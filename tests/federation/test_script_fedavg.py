@@ -237,7 +237,8 @@ def test_models_keep_the_dtypes_in_which_sites_make_them(runs: Runs, optimizer: 
     }  # fmt: skip
 
 
-def test_scaffold_moves_the_control_variate_by_the_sites_changes(runs: Runs) -> None:
+@pytest.mark.parametrize("weighted", [True, False])
+def test_scaffold_moves_the_control_variate_by_the_sites_changes(runs: Runs, weighted: bool) -> None:
     seen: dict[int, np.ndarray[Any, Any]] = {}
 
     def with_variate(model: FLModel, context: SiteContext) -> FLModel:
@@ -252,9 +253,11 @@ def test_scaffold_moves_the_control_variate_by_the_sites_changes(runs: Runs) -> 
         return FLModel(metrics={"accuracy": 0.5})
 
     runs.executors = {site: executors(train=with_variate, evaluate=last) for site in SITES}
-    assert_same(runs.run(scaffold=True), reference(4, mean([10, 20, 30])))
+    weights = [10, 20, 30] if weighted else [1, 1, 1]
+    assert_same(runs.run(scaffold=True, weighted=weighted), reference(4, mean(weights)))
     # the mean of 1, 2 and 3 over all sites, each round
-    assert [float(seen[number].mean()) for number in range(4)] == pytest.approx([0, 2, 4, 6])
+    move = float(np.average([1, 2, 3], weights=weights))
+    assert [float(seen[number].mean()) for number in range(4)] == pytest.approx([0, move, 2 * move, 3 * move])
 
 
 def test_excluded_parameters_never_reach_the_server(runs: Runs) -> None:
