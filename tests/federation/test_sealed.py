@@ -216,6 +216,12 @@ def test_introduction_with_anothers_certificate_is_refused(kits: Path, name: str
         read(introduce(statement(), identity(kits, name, federation)), kits)
 
 
+def test_certificate_of_another_federation_of_one_authority_is_refused(kits: Path) -> None:
+    said = introduce(statement(federation="elsewhere"), identity(kits, "site-1"))
+    with pytest.raises(RefusedError, match="its certificate is of federation 'test', not 'elsewhere'"):
+        read(said, kits, federation="elsewhere")
+
+
 def test_servers_certificate_is_no_sites_even_under_its_own_name(kits: Path) -> None:
     said = introduce(statement(site="server"), identity(kits, "server"))
     with pytest.raises(RefusedError, match="its certificate is not a site's"):

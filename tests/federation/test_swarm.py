@@ -19,12 +19,13 @@ from fedbio.errors import FedbioError, FederationError, ProtocolError, SettingsE
 from fedbio.federation import Chain, ClipNorm, Executor, FLModel, Server, Site, SiteContext, Task
 from fedbio.federation.identity import SiteIdentity
 from fedbio.federation.introductions import Introduction, Statement, introduce
-from fedbio.federation.model import WEIGHT, Parameters, ParamsType
+from fedbio.federation.model import WEIGHT, Parameters, ParamsType, Result
 from fedbio.federation.sealed import Pair
 from fedbio.federation.swarm_executors import with_swarm
 from fedbio.federation.swarm_site import SwarmSite, _check
 from fedbio.federation.workflows.script import DEPLOY, END, EVALUATE, EXAMPLES, INIT, TRAIN
 from fedbio.federation.workflows.swarm import Swarm
+from fedbio.federation.workflows.swarm_checks import sealed_model
 from fedbio.federation.workflows.swarm_words import ADOPT, AGGREGATE, BEGIN, FINISH, MEET, SHARE
 from fedbio.federation.workflows.swarm_words import TRAIN as TRAIN_SEALED
 from fedbio.settings import JobsFile
@@ -378,6 +379,7 @@ def test_sealed_updates_that_the_server_tampers_with_are_refused_and_their_sites
     # another exchange, with fresh keys, has done it, and no site has trained twice
     np.testing.assert_array_equal(open_file(kept(federation, "site-1", "last"))["w"], scripts.expected(2)["w"])
     assert len(scripts.trained) == 6
+    assert [each["round"] for each in events(federation.folder / "server", "round")] == [0, 1, 2]
 
 
 def test_server_that_never_stops_tampering_ends_the_job_with_the_reason(
@@ -636,3 +638,29 @@ def test_server_that_was_stopped_goes_on_to_the_same_model(
     assert len(digests) == 1
     np.testing.assert_array_equal(open_file(kept(federation, "site-2", "last"))["w"], scripts.expected(2)["w"])
     assert sorted((number, site) for number, site, *_ in scripts.trained) == [(r, s) for r in range(2) for s in SITES]
+    # a model that a site has adopted counts; one that nobody has is made again
+    lost = (task, count) in [(TRAIN_SEALED, 2), (AGGREGATE, 2)] or (task, count, before) == (ADOPT, 4, True)
+    assert len(drawn(federation)) == 2 + lost
+
+
+# what the server can check
+
+SOUND = {"model": np.zeros(100, np.uint8), "key/site-2": np.zeros(128, np.uint8)}
+UNSOUND: dict[str, Parameters] = {
+    "no model": {"key/site-2": SOUND["key/site-2"]},
+    "empty": {**SOUND, "model": np.zeros(0, np.uint8)},
+    "too long": {**SOUND, "model": np.zeros(101, np.uint8)},
+    "numbers": {**SOUND, "model": np.zeros(25, np.float32)},
+    "two dimensions": {**SOUND, "model": np.zeros((10, 10), np.uint8)},
+    "a long key": {**SOUND, "key/site-2": np.zeros(1025, np.uint8)},
+    "a key for somebody else": {**SOUND, "key/site-3": np.zeros(128, np.uint8)},
+    "something else": {**SOUND, "site-2": np.zeros(128, np.uint8)},
+}
+
+
+@pytest.mark.parametrize("kind", UNSOUND)
+def test_server_passes_on_sealed_bytes_of_the_right_size_for_the_right_site_only(kind: str) -> None:
+    found = sealed_model(Result(task="", model=FLModel(params=SOUND)), ["site-2"], 100)
+    assert found.keys() == SOUND.keys()
+    with pytest.raises(ProtocolError, match=r"sent|sealed something"):
+        sealed_model(Result(task="", model=FLModel(params=UNSOUND[kind]), site="site-1"), ["site-2"], 100)

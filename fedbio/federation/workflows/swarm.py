@@ -23,14 +23,14 @@ from fedbio.federation.controller import Controller, Runtime
 from fedbio.federation.model import FLModel, Parameters, Result
 from fedbio.federation.workflows.deployment import Deployment
 from fedbio.federation.workflows.fedavg import TIE
-from fedbio.federation.workflows.study import meta, read_meta
+from fedbio.federation.workflows.study import meta
+from fedbio.federation.workflows.swarm_checks import answer_of, sealed_bytes, sealed_model
 from fedbio.federation.workflows.swarm_words import (
     ADOPT,
     AGGREGATE,
     BEGIN,
     EVALUATE,
     FINISH,
-    KEY,
     MAX_INTRODUCTION_BYTES,
     MEET,
     MODEL,
@@ -49,7 +49,6 @@ log = logging.getLogger(__name__)
 TRIES = 3
 """How often a round is begun anew for reasons that are not the aggregating site's."""
 
-MAX_KEY_BYTES = 1 << 10
 SLACK_BYTES = 1 << 20
 """By how much an update may be longer than a model: names in another order, a mean in another dtype."""
 
@@ -143,7 +142,7 @@ class Swarm(Controller):
         errand = Errand(run=self.course.run, exchange=self.course.exchange, examples=self.deployment.examples)
         introductions, held = {}, {}
         for result in self.broadcast_and_wait(MEET, FLModel(meta=meta(errand)), sites):
-            met = self.read(result, Met)
+            met = answer_of(result, Met)
             if met is None or len(met.introduction) > MAX_INTRODUCTION_BYTES:
                 self.refuse(result.site, "its introduction is not one")
                 continue
@@ -249,12 +248,12 @@ class Swarm(Controller):
         results = self.broadcast_and_wait(TRAIN, errand, sorted(meeting.held), expect=ANY_TENSORS)
         updates: dict[str, Update] = {}
         for each in results:
-            answer = self.read(each, Answered)
+            answer = answer_of(each, Answered)
             try:
                 if answer is None or answer.problem:
                     raise ProtocolError("its answer is not one" if answer is None else answer.problem)
                 own = each.site == aggregator
-                updates[each.site] = None if own else self.sealed(each, UPDATE, self.course.model_bytes + SLACK_BYTES)
+                updates[each.site] = None if own else sealed_bytes(each, UPDATE, self.course.model_bytes + SLACK_BYTES)
             except ProtocolError as error:
                 updates[each.site] = str(error)
                 self.refuse(each.site, str(error))
@@ -364,36 +363,15 @@ class Swarm(Controller):
     def checked(self, result: Result, receivers: Sequence[str]) -> Parameters:
         """Return a sealed model and its keys, once their sizes can be right."""
         known = self.course.model_bytes
-        found = {MODEL: self.sealed(result, MODEL, known + SLACK_BYTES if known else None)}
-        for title in result.model.params:
-            if title != MODEL:
-                if title.removeprefix(KEY) not in receivers:
-                    raise ProtocolError(f"{result.site} sealed something for {title!r}, whom it was not asked to")
-                found[title] = self.sealed(result, title, MAX_KEY_BYTES)
+        found = sealed_model(result, receivers, known + SLACK_BYTES if known else None)
         if not known:
             self.course.model_bytes = len(found[MODEL])
             self.save()
         return found
 
-    def sealed(self, result: Result, title: str, most: int | None) -> np.ndarray[Any, Any]:
-        """Return the sealed bytes under a name in a result; `ProtocolError` if they cannot be that."""
-        found = result.model.params.get(title)
-        if found is None or found.dtype != np.uint8 or found.ndim != 1 or not len(found):
-            raise ProtocolError(f"{result.site} sent no sealed bytes as {title!r}")
-        if most is not None and len(found) > most:
-            raise ProtocolError(f"{result.site} sent {len(found)} bytes as {title!r}, at most {most} are allowed")
-        return found
-
-    def read(self, result: Result, kind: type[Met] | type[Answered] | type[Aggregated]) -> Any:
-        """Return what an answer says; None if it says something else."""
-        try:
-            return read_meta(result.model.meta, kind)
-        except ProtocolError:
-            return None
-
     def note_refused(self, result: Result) -> None:
         """Write whom a site refused, and why."""
-        answer = self.read(result, Aggregated)
+        answer = answer_of(result, Aggregated)
         refused: Mapping[str, str] = {} if answer is None else answer.refused
         for site, reason in refused.items():
             self.runtime.events.write("update refused", job=self.job, site=site, by=result.site, reason=reason)
