@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedbio.errors import SettingsError
-from fedbio.settings import JobsFile, RunSettings, TaskKind, check, load
+from fedbio.settings import JobsFile, RunSettings, SitesSettings, TaskKind, check, load
 from fedbio.settings_files import read_settings, with_overrides
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ EXAMPLE = """
 fedbio simulate config/config.yaml -o results/demo --set training.rounds=10
   fedbio simulate jobs.yaml --sites 100 --data sites/ -o results/many
 """
+
+DEMO_PROTEINS = 100
+"""Synthetic proteins of a site that was given none."""
 
 DATA_FILES = (".fasta", ".csv", ".tsv")
 """Endings of sites' files of proteins, the first that is there is taken."""
@@ -34,7 +37,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="put a value over the settings")
     parser.add_argument("--sites", type=int, metavar="N", help="number of sites (default: as set)")
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder with one NAME.fasta per site (default: RUN/data)"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder with one NAME.fasta per site (default: RUN/data; a job file's sites get synthetic ones)",
     )
     parser.add_argument(
         "--pool",
@@ -89,17 +95,18 @@ def _of_job_file(args: argparse.Namespace) -> Simulation:
 
     content = with_overrides(read_settings(args.config), args.set, args.config)
     jobs = check(content, JobsFile, args.config)
+    names = [f"site-{number}" for number in range(1, args.sites + 1)] if args.sites else jobs.sites
+    data = args.data or args.output / "data"
     if args.data is None:
-        raise SettingsError(f"fedbio simulate {args.config}: --data: name the folder with one NAME.fasta per site")
-    there = {path.stem: path for suffix in reversed(DATA_FILES) for path in args.data.glob(f"*{suffix}")}
-    names = jobs.sites or sorted(there)
-    if args.sites:
-        names = [f"site-{number}" for number in range(1, args.sites + 1)]
+        names = names or SitesSettings().names
+        _deal_out_demo(names, args.output, data)
+    there = {path.stem: path for suffix in reversed(DATA_FILES) for path in data.glob(f"*{suffix}")}
+    names = names or sorted(there)
     if not names:
-        raise SettingsError(f"{args.data}: no site's file is there; `fedbio data split FILE -o {args.data}` makes them")
+        raise SettingsError(f"{data}: no site's file is there; `fedbio data split FILE -o {data}` makes them")
     return Simulation(
         jobs=check({**content, "sites": names}, JobsFile, args.config),
-        sites={name: there.get(name, args.data / f"{name}.fasta") for name in names},
+        sites={name: there.get(name, data / f"{name}.fasta") for name in names},
         files=check_job_files(jobs.jobs, args.config.parent, args.config),
         # whoever plays all parties is the operator of each
         allow=typing.get_args(TaskKind),
@@ -130,6 +137,15 @@ def _deal_out(settings: RunSettings, output: Path, data: Path) -> None:
         "split", proteins, output=data, names=",".join(sites.names), by=sites.by, alpha=sites.alpha, seed=sites.seed,
         classes=",".join(settings.classes), limit=settings.max_proteins, labels=settings.labels,
     )  # fmt: skip
+
+
+def _deal_out_demo(names: list[str], output: Path, data: Path) -> None:
+    """Deal synthetic proteins out to sites that were given none: a script may have data of its own."""
+    if all((data / f"{name}.fasta").is_file() for name in names):
+        return
+    proteins = output / "proteins.fasta"
+    _data("demo", output=proteins, count=DEMO_PROTEINS * len(names))
+    _data("split", proteins, output=data, names=",".join(names), by="iid")
 
 
 def _data(verb: str, *inputs: object, **options: object) -> dict[str, Any]:
