@@ -62,6 +62,7 @@ def main() -> None:
             num_train_epochs=1,
             per_device_train_batch_size=16,
             learning_rate=3e-3,
+            logging_steps=1,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -70,6 +71,7 @@ def main() -> None:
         train_dataset=Sequences(site, "train", 96),
         eval_dataset=Sequences(site, "validation", 48),
         compute_metrics=accuracy,
+        callbacks=[flare.ClientLogger()],
     )
     flare.patch(trainer)
     while flare.is_running():

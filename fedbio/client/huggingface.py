@@ -14,6 +14,7 @@ The usual script::
 from __future__ import annotations
 
 __all__ = [
+    "ClientLogger",
     "FLCallback",
     "FLModel",
     "ParamsType",
@@ -42,7 +43,7 @@ from fedbio.client.model import FLModel, ParamsType
 META = "__fl_meta__"
 """Attribute of a model, a dict: what goes to the server as the model's meta."""
 
-_OF_THE_MACHINE = ("_runtime", "_per_second", "_preparation_time")
+_OF_THE_MACHINE = ("_runtime", "_per_second", "_preparation_time", "total_flos", "epoch")
 """Endings of what a trainer measures beside the model."""
 
 
@@ -155,6 +156,23 @@ def patch(trainer: Trainer, restore_state: bool = True, load_state_dict_strict: 
     trainer.train = train_global  # type: ignore[method-assign]
 
 
+class ClientLogger(TrainerCallback):
+    """Sends what a trainer logs to the server: ``Trainer(callbacks=[flare.ClientLogger()])``."""
+
+    def __init__(self) -> None:
+        self._before = 0
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for key, value in _of_the_model(kwargs.get("logs") or {}).items():
+            log(key, value, "METRIC", global_step=self._before + state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # every training counts its steps from 0
+        self._before += state.global_step
+
+
 class _Patched(FLCallback):
     """The callback of `patch`."""
 
@@ -165,4 +183,4 @@ def _module(trainer: Trainer) -> Module:
 
 
 def _of_the_model(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.endswith(_OF_THE_MACHINE) and name != "epoch"}
+    return {name: value for name, value in metrics.items() if not name.endswith(_OF_THE_MACHINE)}

@@ -187,6 +187,21 @@ def test_fedprox_holds_the_model_near_to_the_one_that_was_received(here: AtHand,
     assert any(np.abs(free[name] - held[name]).max() > 1e-5 for name in free)
 
 
+def test_what_a_trainer_logs_goes_to_the_server_on_one_axis_for_all_rounds(here: AtHand, folder: Path) -> None:  # noqa: F811
+    for number in range(2):
+        here.ask("train", tiny().state_dict(), number)
+    here.end()
+    flare.init()
+    patched = trainer(folder, callbacks=[flare.ClientLogger()])
+    patched.args.logging_steps = 1
+    flare.patch(patched)
+    loop(patched, evaluate=False)
+    assert [(each.key, each.step) for each in here.metrics if each.key == "loss"] == [
+        ("loss", step) for step in (1, 2, 3, 4)
+    ]
+    assert {each.key for each in here.metrics} == {"loss", "grad_norm", "learning_rate", "train_loss"}
+
+
 def test_evaluations_within_a_training_and_of_several_sets_are_told_apart(here: AtHand, folder: Path) -> None:  # noqa: F811
     here.ask("train", tiny().state_dict())
     here.end()
