@@ -48,11 +48,9 @@ def suppress(counts: Mapping[K, int], least: int, *, salt: str = "") -> dict[K, 
     needed = len(small) * (least - 1)
     for cell in sorted(counts.keys() - small, key=lambda each: _order(each, salt)):
         if needed <= 0:
-            break
+            break  # and if it never is, none is left
         hidden.add(cell)
         needed -= counts[cell] - least
-    if needed > 0:
-        hidden = set(counts)
     return {cell: None if cell in hidden else count for cell, count in counts.items()}
 
 

@@ -294,3 +294,28 @@ def test_killed_server_goes_on_with_the_next_site_to_the_same_bits(
     # what was saved before was not done again: of nine visits at most the one under way is made twice
     visits = sum(len(executors["client/train"].calls) for executors in sites.values())
     assert visits == 9 + int(point in ("note", "model"))
+
+
+def test_killed_server_goes_on_behind_a_site_that_was_skipped(federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(model: FLModel, context: SiteContext) -> FLModel:
+        raise FederationError("the script ended with exit code 1")
+
+    what = job(rounds=1, limits={"min_sites": 2})
+    sites = {"site-1": script(train=never), "site-2": script(), "site-3": script()}
+    honest = State.save
+
+    def deadly(self: State, *given: Any, **named: Any) -> None:
+        honest(self, *given, **named)
+        if given[2].round == 1:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "save", deadly)
+        server, joined = start(federation, what, sites)
+        with pytest.raises(Killed):
+            server.result(40)
+    again = federation.start(federation.server(what, code=federation.folder))
+    for each in (again, *joined):
+        each.result(40)
+    same(models(federation) / "last.safetensors", plain([("site-2", "site-3")])[-1])
+    assert [len(sites[name]["client/train"].calls) for name in SITES] == [1, 1, 1]

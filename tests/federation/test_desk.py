@@ -152,3 +152,31 @@ def test_gone_site_is_named_with_the_time_that_it_is_gone(desk: Desk, mail: Mail
     desk.gone("site-1")
     thread.join(10)
     assert re.search(r"site-1: is gone since \d s", str(found[0]))
+
+
+def test_result_whose_check_outlasts_its_task_is_refused(tmp_path: Path, desk: Desk, mail: Mail) -> None:
+    checking, closed = threading.Event(), threading.Event()
+
+    class Slow(Expectation):
+        def problem(self, result: Result) -> str | None:
+            checking.set()
+            assert closed.wait(10)
+            return None
+
+    for site in desk.expected:
+        desk.joined(site, Join(version="1"))
+    task, shown = Task(name="train", model=FLModel()), list[Result]()
+
+    def answer() -> None:
+        mail.wait_for(1)
+        desk.answered(Result(task=task.id, site="site-1"))
+
+    late = threading.Thread(target=answer)
+    late.start()
+    results = desk.ask(task, ["site-1"], Slow(), min_responses=0, deadline_s=0.5, on_result=shown.append)
+    assert checking.is_set()
+    closed.set()
+    late.join()
+    assert results == []
+    assert shown == []
+    assert reasons(tmp_path) == [("site-1", "its task is not open")]
