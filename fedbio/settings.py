@@ -231,8 +231,8 @@ class SiteSettings(Section):
         "evaluate",
         "publish",
     ]
-    """Tasks that this site takes; add map to let 2-D coordinates of your proteins leave, and split to let activations of
-    a network's first layers for each of them, or gradients that its labels went into, go to another site."""
+    """Tasks that this site takes; add map to let 2-D coordinates of your proteins leave, and split to let activations
+    of a network's first layers for each of them, or gradients that its labels went into, go to another site."""
     quantization: Annotated[list[Scheme], AfterValidator(no_twins)] = list(SCHEMES)
     """Schemes in which models may come to this site and leave it; none means exact models only."""
     workflows: Annotated[list[WorkflowName], AfterValidator(no_twins)] | None = None

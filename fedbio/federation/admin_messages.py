@@ -112,7 +112,7 @@ class Download(msgspec.Struct, tag=True, frozen=True):
 Request = Submit | ListJobs | ShowJob | AbortJob | FollowLog | Download
 
 
-_REQUESTS = msgspec.msgpack.Decoder(Request)
+_REQUESTS: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 
 
 def unpack_request(body: bytes) -> Request:

@@ -357,7 +357,12 @@ class Desk:
         results = [open_task.results[site] for site in sorted(open_task.results)]
         why = self._why_missing(open_task)
         self._events.write(
-            "task closed", task=task.name, id=task.id, job=task.job, answered=[each.site for each in results], missing=why
+            "task closed",
+            task=task.name,
+            id=task.id,
+            job=task.job,
+            answered=[each.site for each in results],
+            missing=why,
         )
         if missing is not None:
             missing.update(why)
@@ -405,9 +410,10 @@ class Desk:
                     self._changed.wait(min(left, 1.0))
                     continue
             # outside the lock: answers of other sites are taken meanwhile
-            for result in fresh if on_result is not None else ():
+            for result in fresh:
                 told.add(result.site)
-                on_result(result)
+                if on_result is not None:
+                    on_result(result)
             if over:
                 return
 

@@ -175,7 +175,7 @@ class State:
         self.move(job, "done")
 
     def reopen(self) -> None:
-        """Have the jobs of the server's own file that had failed, or were running, wait again: the server starts anew."""
+        """Have jobs of the server's own file that had failed, or were running, wait again: the server starts anew."""
         self._write("update jobs set state = 'waiting' where origin = 'file' and state in ('running', 'failed')")
 
     def state_of(self, job: str) -> str | None:
@@ -186,7 +186,7 @@ class State:
     def jobs(self) -> list[JobRow]:
         """Return all jobs in the order in which they came."""
         columns = ", ".join(JobRow._fields)
-        return [JobRow(*row) for row in self._read(f"select {columns} from jobs order by rowid")]
+        return [JobRow(*row) for row in self._read(f"select {columns} from jobs order by rowid")]  # noqa: S608
 
     def runs(self, job: str) -> dict[str, Progress]:
         """Return how far each run of a job has come."""
