@@ -18,7 +18,7 @@ import numpy as np
 
 from fedbio.errors import FederationError, ProtocolError, RefusedError
 from fedbio.federation.executor import Executor, SiteContext
-from fedbio.federation.introductions import Statement
+from fedbio.federation.introductions import Statement, fingerprint
 from fedbio.federation.model import FLModel, Parameters, ParamsType, Task
 from fedbio.federation.swarm_folder import ModelName, SwarmFolder, Update, model_name
 from fedbio.federation.swarm_mail import Mail, SealedModel
@@ -110,6 +110,11 @@ class SwarmSite:
         sealed = NOTHING
         if receiver is not None:
             sealed = mail.seal_update(update.params, update.weight, errand.round, receiver)
+            # sites can compare by telephone whom they seal for
+            seen = fingerprint(errand.introductions[receiver.site])
+            context.events.write(
+                "update sealed", job=task.job, round=errand.round, receiver=receiver.site, certificate=seen
+            )
         metrics = {name: value for name, value in update.metrics.items() if name == errand.metric}
         return FLModel(params={UPDATE: sealed}, metrics=metrics, meta=meta(Answered()))
 

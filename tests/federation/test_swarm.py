@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import ssl
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -304,6 +305,17 @@ def test_sites_account_for_what_they_sealed(federation: Any, scripts: Scripts) -
         sent = json.loads((federation.folder / site / "party.json").read_text())["sent"]
         assert "model" not in sent
         assert sent["sealed"]["bytes"] > 4 * SHAPE[0] * SHAPE[1]
+
+
+def test_sites_note_whose_certificate_they_sealed_for(federation: Any, scripts: Scripts) -> None:
+    run(federation, scripts)
+    turns = drawn(federation)
+    for site in SITES:
+        sealed = events(federation.folder / site, "update sealed")
+        assert [each["receiver"] for each in sealed] == [turn for turn in turns if turn != site]
+        for each in sealed:
+            pem = (federation.folder / "kits" / each["receiver"] / "certificate.pem").read_text()
+            assert each["certificate"] == hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
 
 
 @pytest.mark.parametrize("task", [INIT, TRAIN, EVALUATE])
