@@ -66,7 +66,8 @@ def ask(federation: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
                 found.append(work(self))
 
         found: list[Any] = []
-        monkeypatch.setattr("fedbio.federation.server.controller_for", lambda runtime, job: Asks(runtime))
+        # in the place of the workflow of `federation.jobs`
+        monkeypatch.setattr("fedbio.federation.workflows.classify.Classify", lambda runtime, job: Asks(runtime))
         server = federation.start(federation.server(federation.jobs(**limits)))
         sites = [
             federation.start(federation.site(site, {"do": Do(tasks.get(site, tasks.get("any", grow)))}))
