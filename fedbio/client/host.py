@@ -115,7 +115,7 @@ class SocketHost(Host):
     address : str
         Path of the socket.
     environment : dict of str to str
-        What tells the script where to connect.
+        What tells the script where to connect, and what `about` says.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class SocketHost(Host):
         super().__init__(about, on_event, on_metric)
         # not in the workspace, whose path may be longer than the 107 bytes that a socket's may have
         self.address = str(Path(tempfile.mkdtemp(prefix="fedbio-")) / "socket")
-        self.environment = {SOCKET: self.address}
+        self.environment = {SOCKET: self.address, ABOUT: msgspec.json.encode(self._about).decode()}
         self._here = threading.Event()
         self._over = False
         self._endpoint = ServerEndpoint(
@@ -171,9 +171,7 @@ class SocketHost(Host):
 
     def _on_peer(self, name: str, presence: Presence) -> None:
         if name == SCRIPT and presence is Presence.ARRIVED:
-            with contextlib.suppress(TransportError):
-                self._endpoint.send(SCRIPT, ABOUT, msgspec.json.encode(self._about))
-                self._here.set()
+            self._here.set()
 
     def _on_message(self, received: Received) -> None:
         if self._over or received.peer != SCRIPT:

@@ -33,6 +33,7 @@ SHOWN_CHARACTERS = 300
 
 _TRACEBACK = "Traceback (most recent call last)"
 _RANK = re.compile(r"\[rank(\d+)\]:\s?")
+_UNREADABLE = ("SyntaxError", "IndentationError", "TabError")
 _CULPRIT, _NAMED_RANK = "Root Cause", re.compile(r"\s+rank\s*: (\d+)")
 
 
@@ -90,6 +91,8 @@ class Run(ABC):
                 # torchrun's own exception says nothing of the rank's
                 if "ChildFailedError" not in bare:
                     last = found[prefix.group(1) if prefix else ""] = bare
+            elif bare.startswith(_UNREADABLE):
+                last = bare
             at_fault |= line.startswith(_CULPRIT)
             if at_fault and (named := _NAMED_RANK.match(line)):
                 rank = named.group(1)

@@ -45,11 +45,12 @@ from fedbio.transport import Limits, Opening, Presence, Received, Sink, SiteEndp
 SOCKET = "FEDBIO_SOCKET"
 """Environment variable with the path of the socket."""
 
+ABOUT = "FEDBIO_ABOUT"
+"""Environment variable with what `system_info` returns, as JSON: every rank knows it, connected or not."""
+
 SCRIPT = "script"
 """The script's name on the connection."""
 
-ABOUT = "about"
-"""Site to script, first of all: what `system_info` returns, as JSON."""
 TASK = "task"
 """Site to script: a task."""
 END = "end"
@@ -135,6 +136,7 @@ class SocketLink(Link):
     ----------
     path : str
         Of the socket.
+    about : dict
 
     Raises
     ------
@@ -142,9 +144,9 @@ class SocketLink(Link):
         If nobody listens there.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, about: dict[str, Any]) -> None:
+        self.about = about
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._told = threading.Event()
         self._receipts: dict[str, Receipt] = {}
         self._changed = threading.Condition()
         self._gone = False
@@ -161,9 +163,6 @@ class SocketLink(Link):
             heartbeat_s=HEARTBEAT_S,
             driver="local",
         ).start()
-        if not self._told.wait(CONNECT_S):
-            self._endpoint.close()
-            raise FederationError(f"the site behind {path} says nothing; its log may tell why")
 
     def receive(self, timeout_s: float | None) -> Task | None:
         if self._gone and self._tasks.empty():
@@ -215,9 +214,6 @@ class SocketLink(Link):
     def _on_message(self, received: Received) -> None:
         if received.topic == TASK:
             self._tasks.put(decode(Task, received.body, parse(received.payload) if received.payload else {}))
-        elif received.topic == ABOUT:
-            self.about = msgspec.json.decode(received.body, type=dict[str, Any])
-            self._told.set()
         elif received.topic == END:
             self._tasks.put(None)
         elif received.topic == RECEIVED:

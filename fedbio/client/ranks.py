@@ -6,10 +6,8 @@ __all__ = ["share"]
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 
-from fedbio.client.session import current
 from fedbio.errors import FederationError
 from fedbio.federation.model import Task, decode, encode
 from fedbio.tensors import encoded_size, parse
@@ -19,8 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def share(task: Task | None, over: bool) -> tuple[Task | None, dict[str, Any]]:
-    """Return the first rank's task, and what it knows of its site, on every rank.
+def share(task: Task | None) -> Task | None:
+    """Return the first rank's task, or None, on every rank.
 
     Parameters
     ----------
@@ -40,9 +38,8 @@ def share(task: Task | None, over: bool) -> tuple[Task | None, dict[str, Any]]:
             "before flare.receive() or flare.is_running()"
         )
     first = torch.distributed.get_rank() == 0
-    session = current()
-    sizes = torch.zeros(3, dtype=torch.int64)
-    parts = [b"", b"", b""]
+    sizes = torch.zeros(2, dtype=torch.int64)
+    parts: list[Any] = [b"", b""]
     if first:
         body, tensors = encode(task) if task is not None else (b"", {})
         packed = np.empty(encoded_size(tensors) if tensors else 0, np.uint8)
@@ -50,18 +47,16 @@ def share(task: Task | None, over: bool) -> tuple[Task | None, dict[str, Any]]:
         for chunk in chunks(tensors, 1 << 20) if tensors else ():
             packed[filled : filled + len(chunk)] = chunk
             filled += len(chunk)
-        parts = [msgspec.json.encode(session.about), body, packed]  # type: ignore[list-item]
+        parts = [body, packed]
         sizes = torch.tensor([len(each) for each in parts])
     sizes = _broadcast(sizes)
-    about, body_there, packed_there = (
+    body_there, packed_there = (
         _broadcast_bytes(part, int(size)) for part, size in zip(parts, sizes.tolist(), strict=True)
     )
-    found = None
-    if len(body_there):
-        named = parse(packed_there.data) if len(packed_there) else {}
+    if first or not len(body_there):
         # the first rank keeps its own arrays
-        found = task if first else decode(Task, body_there.tobytes(), named)
-    return found, msgspec.json.decode(about.tobytes(), type=dict[str, Any])
+        return task
+    return decode(Task, body_there.tobytes(), parse(packed_there.data) if len(packed_there) else {})
 
 
 def _broadcast_bytes(part: Any, size: int) -> np.ndarray[Any, Any]:

@@ -10,9 +10,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from fedbio.client.link import SOCKET, Link, Metric, SocketLink
+from fedbio.client.link import ABOUT, SOCKET, Link, Metric, SocketLink
 from fedbio.client.model import FLModel, Form, from_script, to_script
 from fedbio.errors import SettingsError
 from fedbio.federation.model import Result, Task
@@ -35,6 +36,8 @@ class Session:
     ----------
     link : Link or None
         The connection to the site; None on all ranks but the first.
+    about : dict
+        What the site tells of itself and the job.
     rank : int
         Of this process, among those that train together.
     default : callable, optional
@@ -46,14 +49,15 @@ class Session:
     def __init__(
         self,
         link: Link | None,
+        about: dict[str, Any],
         rank: int = 0,
         *,
         default: Callable[[], str] | None = None,
-        share: Callable[[Task | None, bool], tuple[Task | None, dict[str, Any]]] | None = None,
+        share: Callable[[Task | None], Task | None] | None = None,
     ) -> None:
         self.link, self.rank = link, rank
         self.form = Form(default)
-        self.about: dict[str, Any] = dict(link.about) if link else {}
+        self.about = about
         self.initial = False
         """Whether the script is loaded only for its initial model."""
         self.measured: dict[str, Any] | None = None
@@ -101,8 +105,7 @@ class Session:
             elif timeout_s is None:
                 self._over = True
         if self._share is not None:
-            task, about = self._share(task, self._over)
-            self.about = about or self.about
+            task = self._share(task)
             self._over = task is None and timeout_s is None
         return task
 
@@ -184,8 +187,8 @@ def enter(rank: int | str | None = None) -> Session:
             log.warning("init() was called before; this call does nothing")
             return found
         if thread in _offered:
-            link, default = _offered[thread]
-            session = _by_thread[thread] = Session(link, default=default)
+            offered, default = _offered[thread]
+            session = _by_thread[thread] = Session(offered, offered.about, default=default)
             return session
         number = int(os.environ.get("RANK", "0") if rank is None else rank)
         socket = os.environ.get(SOCKET)
@@ -197,7 +200,9 @@ def enter(rank: int | str | None = None) -> Session:
             from fedbio.client import ranks
 
             several = ranks.share
-        _of_process = Session(SocketLink(socket) if number == 0 else None, number, share=several)
+        about = msgspec.json.decode(os.environ.get(ABOUT, "{}"), type=dict[str, Any])
+        link = SocketLink(socket, about) if number == 0 else None
+        _of_process = Session(link, about, number, share=several)
         return _of_process
 
 

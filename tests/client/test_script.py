@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -21,7 +22,7 @@ from fedbio.federation import FLModel, ParamsType, Task
 from fedbio.federation.policy import Policy
 from fedbio.federation.workflows.study import meta
 
-from .conftest import LOOP, ScriptSite, alive, wait_until
+from .conftest import LOOP, ScriptSite, alive, make_context, wait_until
 
 ADD_ONE = (
     LOOP
@@ -165,6 +166,12 @@ def test_crash_is_the_tasks_failure_with_the_exceptions_last_line(
     assert "raise ValueError" in caplog.text
     # the next task starts it anew
     assert site.train(FLModel(params=ONES.params, current_round=2)).params.keys() == {"w"}
+
+
+def test_script_that_python_cannot_read_is_the_tasks_failure(site: ScriptSite) -> None:
+    site.deploy("import fedbio.client as flare\nflare.init(\n")
+    with pytest.raises(FederationError, match=r"exit code 1 .*: SyntaxError: '\(' was never closed"):
+        site.train(ONES)
 
 
 @BOTH
@@ -468,6 +475,30 @@ def test_arguments_reach_the_script_and_those_of_another_in_this_process_do_not(
     assert sys.argv == own
 
 
+def test_sites_in_one_process_have_a_script_each(site: ScriptSite, tmp_path: Path) -> None:
+    script = LOOP + (
+        "    import helper, time\n"
+        "    time.sleep(0.2)\n"
+        "    name = flare.get_site_name()\n"
+        "    flare.send(flare.FLModel(params=model.params, metrics={name: helper.NUMBER}))\n"
+    )
+    (tmp_path / "second").mkdir()
+    other = ScriptSite(make_context(tmp_path / "second"))
+    other.context.site = "site-2"
+    for each in (site, other):
+        each.deploy(script, launch="in_process", files={"helper.py": "NUMBER = 7\n"})
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):
+            answers = list(pool.map(lambda each: each.train(ONES).metrics, (site, other)))
+            assert answers == [{"site-1": 7.0}, {"site-2": 7.0}]
+    other.end()
+    other.context.events.close()
+    site.end()
+    # the next job's file of this name is another one
+    site.deploy(script, launch="in_process", files={"helper.py": "NUMBER = 8\n"})
+    assert site.train(ONES).metrics == {"site-1": 8.0}
+
+
 def test_answer_that_cannot_travel_is_the_scripts_error(site: ScriptSite) -> None:
     site.deploy(LOOP + "    flare.send(flare.FLModel(params={'w': {1, 2}}))\n")
     with pytest.raises(FedbioError, match=r"TypeError: params\['w'\] is a set; expected a tensor"):
@@ -483,6 +514,7 @@ import fedbio.client as flare
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     flare.init()
+    assert flare.get_site_name() == "site-1" and flare.system_info()["job_id"] == "job-1"
     while flare.is_running():
         model = flare.receive()
         assert flare.get_site_name() == "site-1" and flare.is_train()

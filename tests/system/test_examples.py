@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+import yaml
+from safetensors.numpy import load_file, save_file
 
 from .conftest import SITES, Parties
 
@@ -70,3 +73,71 @@ def test_sites_run_no_script_that_their_operators_did_not_name(
     assert reason in parties.log("server")
     for site in SITES:
         assert not (parties.folder / site / "scripts").exists()
+
+
+CRASHING = """
+import os, pathlib, time
+import numpy as np
+import fedbio.client as flare
+
+flare.init()
+folder = pathlib.Path(flare.system_info()["workspace"])
+while flare.is_running():
+    model = flare.receive()
+    (folder / f"round-{model.current_round}").write_text(str(os.getpid()))
+    if flare.get_site_name() == "site-2" and model.current_round == 1 and not (folder / "again").exists():
+        (folder / "again").touch()
+        WHAT
+    flare.send(flare.FLModel(params={"w": model.params["w"] + 1}, metrics={"accuracy": 0.5}))
+"""
+
+
+def start_crashing(parties: Parties, what: str, **limits: object) -> list[subprocess.Popen[bytes]]:
+    """Start a job of three rounds whose script does something at site-2, once, in round 1."""
+    folder = parties.folder / "job"
+    folder.mkdir()
+    (folder / "train.py").write_text(CRASHING.replace("WHAT", what))
+    save_file({"w": np.zeros(4, np.float32)}, folder / "first.safetensors")
+    job = {"workflow": "fedavg", "client": {"script": "train.py"}, "rounds": 3, "model": "first.safetensors"}
+    content = {"jobs": [job], "federation": {"heartbeat_s": 2, "join_deadline_s": 60, **limits}}
+    (folder / "job.yaml").write_text(yaml.safe_dump(content))
+    kit, output = parties.folder / "kits/server", parties.folder / "server"
+    server = parties.start("server", "server", "--kit", str(kit), "--jobs", str(folder / "job.yaml"), "-o", str(output))
+    return [server, *(parties.site(name, "--code", str(folder / "train.py")) for name in SITES)]
+
+
+def last_model(parties: Parties) -> list[float]:
+    return list(load_file(parties.folder / "server/models/fedavg/last.safetensors")["w"])
+
+
+@pytest.mark.slow
+def test_script_that_crashes_costs_its_site_one_round(parties: Parties) -> None:
+    processes = start_crashing(parties, "raise ValueError('no memory left')", min_sites=2, round_deadline_s=30)
+    assert [each.wait(120) for each in processes] == [0] * 4, parties.log("server")
+    assert last_model(parties) == [3.0] * 4
+    events = (parties.folder / "server/events.jsonl").read_text()
+    assert "ValueError: no memory left" in events
+    assert "Traceback" not in events
+    assert "Traceback" in parties.log("site-2")
+    pids = {(parties.folder / f"site-2/scripts/fedavg/files/round-{number}").read_text() for number in range(4)}
+    assert len(pids) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_site_that_is_killed_while_its_script_trains_goes_on_when_it_is_back(parties: Parties) -> None:
+    server, first, second, third = start_crashing(parties, "time.sleep(1000)", round_deadline_s=100)
+    files = parties.folder / "site-2/scripts/fedavg/files"
+    deadline = time.monotonic() + 60
+    while not (files / "again").exists():
+        assert time.monotonic() < deadline, parties.log("site-2")
+        time.sleep(0.05)
+    script = int((files / "round-1").read_text())
+    second.kill()
+    second.wait()
+    while Path(f"/proc/{script}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    back = parties.site("site-2", "--code", str(parties.folder / "job/train.py"))
+    assert [each.wait(120) for each in (server, first, back, third)] == [0] * 4, parties.log("server")
+    assert last_model(parties) == [3.0] * 4
