@@ -205,7 +205,7 @@ class FedAvgJob(ScriptJob):
 
     name: PartyName = "fedavg"
     workflow: Literal["fedavg"]
-    model: str | None = None
+    model: FileName | None = None
     """A safetensors file beside the job file with the initial model; null has a site make it with client.initial."""
     rounds: Annotated[int, Field(ge=1, le=100_000)] = 5
     """Rounds of training."""
@@ -258,7 +258,7 @@ class CyclicJob(ScriptJob):
 
     name: PartyName = "cyclic"
     workflow: Literal["cyclic"]
-    model: str | None = None
+    model: FileName | None = None
     """A safetensors file beside the job file with the initial model; null has a site make it with client.initial."""
     rounds: Annotated[int, Field(ge=1, le=100_000)] = 5
     """How often it goes around."""

@@ -10,12 +10,18 @@ from fedbio.errors import SettingsError
 from fedbio.federation.acceptance import ANY_TENSORS
 from fedbio.federation.controller import Controller
 from fedbio.federation.model import FLModel, Parameters
-from fedbio.federation.workflows.script import INIT
+from fedbio.federation.workflows.script import EXCLUDE, INIT
 from fedbio.tensors import open_file
 
 
 def initial_model(
-    controller: Controller, *, file: str | None, function: str | None, sites: Sequence[str], rounds: int
+    controller: Controller,
+    *,
+    file: str | None,
+    function: str | None,
+    sites: Sequence[str],
+    rounds: int,
+    exclude: Sequence[str] = (),
 ) -> Parameters:
     """Return the model of round 0.
 
@@ -31,6 +37,8 @@ def initial_model(
         Who has the script; the first of them that makes a model is taken.
     rounds : int
         How many rounds there will be.
+    exclude : sequence of str
+        Patterns of the names of parameters that stay at the site.
 
     Raises
     ------
@@ -51,4 +59,5 @@ def initial_model(
             f"job {controller.job}: no initial model; name a safetensors file (model) or a function of the script "
             "that returns one (client.initial)"
         )
-    return controller.send(INIT, FLModel(total_rounds=rounds), sites, expect=ANY_TENSORS).model.params
+    task = FLModel(meta={EXCLUDE: list(exclude)}, total_rounds=rounds)
+    return controller.send(INIT, task, sites, expect=ANY_TENSORS).model.params

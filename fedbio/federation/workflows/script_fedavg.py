@@ -12,10 +12,9 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from fedbio.errors import FederationError, SettingsError
+from fedbio.errors import FederationError
 from fedbio.federation.acceptance import ANY_TENSORS
 from fedbio.federation.controller import Runtime
 from fedbio.federation.model import Delivery, FLModel, Parameters, ParamsType, Result
@@ -23,13 +22,14 @@ from fedbio.federation.sampling import sample
 from fedbio.federation.workflows.beside import Beside
 from fedbio.federation.workflows.deployment import Deployment
 from fedbio.federation.workflows.fedavg import FedAvg, Outcome
+from fedbio.federation.workflows.initial import initial_model
 from fedbio.federation.workflows.robust import coordinate_median, krum, norm_outliers, trimmed_mean
 from fedbio.federation.workflows.scaffold import COUNTED, initial_control, split_control, updated_control, with_control
 from fedbio.federation.workflows.script import EVALUATE, EXCLUDE, INIT, TRAIN
 from fedbio.federation.workflows.server_optimizers import ServerOptimization, in_dtypes_of
 from fedbio.files import sha256_file, whole_file, write_whole
 from fedbio.settings_jobs import FedAvgJob
-from fedbio.tensors import manifest, open_file, weighted_mean
+from fedbio.tensors import manifest, weighted_mean
 from fedbio.tensors.check import Manifest
 
 RUN = "model"
@@ -99,22 +99,20 @@ class ScriptFedAvg(FedAvg):
 
     def initialize(self, delivery: Delivery, expect: Manifest | None) -> Result:
         """Return the model of round 0: the job's own, or what a site's script makes."""
-        if self.settings.model is not None:
-            result = Result(task=INIT, model=FLModel(params=open_file(self.runtime.code / self.settings.model)))
-        elif self.settings.client.initial is not None:
-            task = FLModel(meta={EXCLUDE: self.settings.exclude}, total_rounds=self.rounds)
-            result = self.send(INIT, task, expect=expect, delivery=delivery)
-        else:
-            raise SettingsError(
-                f"job {self.job}: no initial model; name a safetensors file (model) or a function of the script "
-                "that returns one (client.initial)"
-            )
-        kept = {name: value for name, value in result.model.params.items() if not self.stays(name)}
+        made = initial_model(
+            self,
+            file=self.settings.model,
+            function=self.settings.client.initial,
+            sites=self.deployment.sites(),
+            rounds=self.rounds,
+            exclude=self.settings.exclude,
+        )
+        kept = {name: value for name, value in made.items() if not self.stays(name)}
         if not kept:
             raise FederationError(f"job {self.job}: the initial model has no parameters that are not excluded")
         if self.settings.scaffold:
             self.beside.parts[CONTROL_VARIATE] = initial_control(kept)
-        return msgspec.structs.replace(result, model=FLModel(params=kept))
+        return Result(task=INIT, model=FLModel(params=kept))
 
     def begin_in_file(self) -> FLModel:
         """Take the job's model over as the model of round 0, without holding it in memory."""
