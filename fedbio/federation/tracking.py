@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -91,6 +92,16 @@ class _Account:
         return True
 
 
+def _continued(path: Path) -> BinaryIO:
+    """Open a file to append lines to; the last one of a process that was killed may be cut off."""
+    file = open(path, "ab+", buffering=0)
+    if size := file.tell():
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
+
+
 class Tracking:
     """Takes the sites' `Metrics`. Safe to use from several threads.
 
@@ -133,7 +144,7 @@ class Tracking:
         self._events, self._sites, self._jobs = events, frozenset(sites), jobs
         self._accounts = {site: _Account() for site in sites}
         self._lock = threading.Lock()
-        self._file = open(workspace / TRACKING_FILE, "ab", buffering=0)
+        self._file = _continued(workspace / TRACKING_FILE)
         self._closed = False
         self._texts: list[_Text] = []
         self._queue: queue.Queue[tuple[str, list[Metric]] | None] = queue.Queue()
