@@ -149,17 +149,24 @@ class SplitParts:
         path = context.workspace / "split" / task.job / f"{order.role(context.site)}.safetensors"
         part.finish(path)
         context.events.write("part kept", job=task.job, path=str(path))
+        self._forget(task.job)
         return FLModel()
 
     def abandon(self, job: str) -> None:
         """Have who waits for the other site stop waiting."""
         if (channel := self._channels.get(job)) is not None:
             channel.end(f"job {job} is over")
+        self._forget(job)
 
     @property
     def at_rest(self) -> bool:
         """Whether nothing is here that is not in files."""
         return not self._members
+
+    def _forget(self, job: str) -> None:
+        """Give back the memory of a job; a task that is still done has its own hold on it."""
+        self._members.pop(job, None)
+        self._channels.pop(job, None)
 
     def _member(self, job: str, model: FLModel, context: SiteContext) -> _Member:
         member, order = self._members.get(job), _order(model, context)

@@ -6,7 +6,7 @@ __all__ = ["MAX_ITEMS", "ItemsSink"]
 
 from collections.abc import Callable
 
-from fedbio.errors import ProtocolError
+from fedbio.errors import FedbioError, ProtocolError
 from fedbio.federation.model import Parameters
 from fedbio.transport import Sink
 from fedbio.transport.objects import ObjectReader
@@ -26,17 +26,33 @@ class ItemsSink(Sink):
     max_bytes : int
         Bytes of all tensors together; an announcement beyond it is refused before memory is taken.
     on_abort : callable, optional
-        Called if the message is not taken.
+        Called with the reason if the message is not taken.
     """
 
-    def __init__(self, max_bytes: int, on_abort: Callable[[], None] | None = None) -> None:
+    def __init__(self, max_bytes: int, on_abort: Callable[[str], None] | None = None) -> None:
         self._reader = ObjectReader(max_bytes)
         self._most = max_bytes
         self._on_abort = on_abort
         self._bytes = 0
         self._items: Parameters = {}
+        self._problem = "it was cut short, or is not what was sent"
 
     def write(self, chunk: memoryview) -> None:
+        try:
+            self._take(chunk)
+        except FedbioError as error:
+            self._problem = str(error)
+            raise
+
+    def finish(self) -> Parameters:
+        self._reader.finish()
+        return self._items
+
+    def abort(self) -> None:
+        if self._on_abort is not None:
+            self._on_abort(self._problem)
+
+    def _take(self, chunk: memoryview) -> None:
         self._bytes += len(chunk)
         if self._bytes > self._most + ANNOUNCEMENTS_BYTES:
             raise ProtocolError(f"tensors of more than {self._most} bytes in one message of a split session")
@@ -46,11 +62,3 @@ class ItemsSink(Sink):
                     f"item {name[:64]!r} comes twice, or after {MAX_ITEMS} others, in one message of a split session"
                 )
             self._items[name] = array
-
-    def finish(self) -> Parameters:
-        self._reader.finish()
-        return self._items
-
-    def abort(self) -> None:
-        if self._on_abort is not None:
-            self._on_abort()

@@ -98,8 +98,8 @@ class SplitRelay:
             if session.arriving:
                 raise ProtocolError(f"message {passage.number} of the session is on its way already")
             session.arriving = True
-        reason = f"message {passage.number} of {opening.peer} was not taken: it is too large, malformed or cut short"
-        return ItemsSink(session.max_bytes, lambda: self._end(passage.session, reason))
+        what = f"message {passage.number} of {opening.peer} was not taken"
+        return ItemsSink(session.max_bytes, lambda problem: self._end(passage.session, f"{what}: {problem}"))
 
     def take(self, received: Received) -> None:
         """Pass a message on, on the thread that brings it."""

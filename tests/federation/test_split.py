@@ -549,9 +549,8 @@ def test_party_killed_in_the_middle_of_an_epoch_and_the_parts_are_the_same(
     fasta(folder)
     what = split.jobs(epochs=4).model_dump(mode="json")
     what["transport"]["resume_s"] = 5
-    (folder / "jobs.json").write_text(json.dumps(what))
     (folder / "jobs.yaml").write_text(json.dumps(what))
-    address = f"127.0.0.1:{free_port}"
+    address = f"localhost:{free_port}"
 
     def start(name: str) -> subprocess.Popen[bytes]:
         kit, output = str(folder / "kits" / name), str(folder / name)
@@ -565,7 +564,7 @@ def test_party_killed_in_the_middle_of_an_epoch_and_the_parts_are_the_same(
     parties = {name: start(name) for name in ("server", BOTTOM, TOP)}
 
     def wait_for(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 60
         while not condition():
             logs = {name: (folder / f"{name}.log").read_text()[-3000:] for name in parties}
             assert time.monotonic() < deadline, logs
