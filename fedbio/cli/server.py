@@ -26,7 +26,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, required=True, metavar="DIR", help="folder for what the server keeps"
     )
     parser.add_argument("--listen", metavar="HOST:PORT", help="where to listen (default: the kit's port)")
-    parser.add_argument("--serve", action="store_true", help="when the jobs are done, wait for more: in the jobs file, or submitted by `fedbio job`")
+    parser.add_argument(
+        "--serve",
+        action="store_true",
+        help="when the jobs are done, wait for more: in the jobs file, or submitted by `fedbio job`",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

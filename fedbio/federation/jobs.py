@@ -82,6 +82,11 @@ class JobQueue:
         The most jobs that run at the same time.
     folder : Path
         Holds a folder for each job of an administrator, with the files that it names.
+
+    Attributes
+    ----------
+    names : set of str
+        The jobs that this process has run, runs or will run.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class JobQueue:
         self._waiting: dict[str, JobEntry] = {}
         self._running: dict[str, threading.Thread] = {}
         self._aborting: dict[str, str] = {}
+        self.names: set[str] = set()
         self._failure: BaseException | None = None
         self._stopping = False
         self.serving = False
@@ -251,6 +257,7 @@ class JobQueue:
     def _enter(self, entry: JobEntry) -> None:
         self._state.move(entry.name, JobState.WAITING)
         self._waiting[entry.name] = entry
+        self.names.add(entry.name)
         self._changed.notify_all()
 
     def _start_waiting(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["Server"]
 
-import functools
 import logging
 import threading
 import time
@@ -20,44 +19,35 @@ from fedbio.federation import messages
 from fedbio.federation.admin import AdminDesk
 from fedbio.federation.admin_messages import SUBMIT, TOPICS
 from fedbio.federation.allocation import use_one_arena
-from fedbio.federation.controller import Controller, Runtime
 from fedbio.federation.desk import Desk
 from fedbio.federation.filters import Chain
-from fedbio.federation.job_desk import JobDesk
-from fedbio.federation.jobs import JobEntry, JobQueue, JobState
+from fedbio.federation.job_runner import JobRunner
+from fedbio.federation.jobs import JobQueue, JobState
 from fedbio.federation.links import ServerLink
 from fedbio.federation.lockstep import Lockstep
-from fedbio.federation.messages import Abort, FileHeader, JobDone, Join, Welcome, pack, unpack
+from fedbio.federation.messages import Abort, JobDone, Join, Welcome, unpack
 from fedbio.federation.model import Parameters, Result, decode
 from fedbio.federation.model_file import UpdateSink, in_file
+from fedbio.federation.outbox import GOODBYE_S, Outbox
 from fedbio.federation.party import Party
-from fedbio.federation.quantization import scheme_of
 from fedbio.federation.split_items import ItemsSink
 from fedbio.federation.split_relay import SplitRelay
 from fedbio.federation.state import State
 from fedbio.federation.trackers import TrackerName, chosen
 from fedbio.federation.tracking import Tracking
 from fedbio.federation.transfers import Transfers
-from fedbio.federation.workflows import controller_for
-from fedbio.settings import ClassifyJob, JobsFile, KitFile
+from fedbio.settings import JobsFile, KitFile
 from fedbio.transport import (
     Credentials,
-    FilePayload,
     Limits,
-    ObjectPayload,
     Opening,
-    Payload,
     Presence,
     Received,
     ServerEndpoint,
     Sink,
 )
-from fedbio.transport.workers import Workers
 
 log = logging.getLogger(__name__)
-
-GOODBYE_S = 10.0
-"""Seconds in which sites may say goodbye at the end; one that is away then has to be told by its operator."""
 
 LIBRARIES = ("grpcio", "msgspec", "numpy")
 """Whose versions go into the server's record."""
@@ -165,6 +155,7 @@ class Server:
                 self._queue.close()
                 self._closed = True
                 self._admin.close()
+                self._outbox.close()
                 self._tracking.close()
                 self._desk.close()
                 self._state.close()
@@ -173,24 +164,47 @@ class Server:
         """Have all jobs end with an error; from any thread."""
         self._ready.wait()
         for job in self.jobs.jobs:
-            self._interrupt(job.name, error)
+            self._runner.interrupt(job.name, error)
 
     def _begin(self, party: Party, endpoint: ServerLink, trackers: Sequence[TrackerName]) -> None:
         self._party, self._endpoint = party, endpoint
         self._state = State(self.workspace)
         self._state.reopen()
         self._expected = tuple(self.jobs.sites or self.kit.sites)
-        self._desk = Desk(self._expected, self._post_task, party.events, min_sites=self.jobs.federation.min_sites)
-        self._lockstep = Lockstep(self._exchange)
-        self._split = SplitRelay(self._pass_on)
-        self._couriers = Workers("tell", most=16)
+        limits = self.jobs.federation
+        self._outbox = Outbox(endpoint, party.ledger, deadline_s=limits.round_deadline_s)
+        self._desk = Desk(self._expected, self._outbox.post_task, party.events, min_sites=limits.min_sites)
+        self._lockstep = Lockstep(self._outbox.exchange)
+        self._split = SplitRelay(self._outbox.pass_on)
+        self._tracking = Tracking(
+            self.workspace,
+            trackers,
+            federation=self.kit.federation,
+            server=self.kit.party,
+            events=party.events,
+            sites=self._expected,
+            jobs=lambda: self._queue.names,
+        )
+        self._runner = JobRunner(
+            party=party,
+            state=self._state,
+            desk=self._desk,
+            outbox=self._outbox,
+            lockstep=self._lockstep,
+            split=self._split,
+            tracking=self._tracking,
+            workspace=self.workspace,
+            save_model=self.save_model,
+            outgoing=self.outgoing,
+            incoming=self.incoming,
+        )
         self._queue = JobQueue(
             self._state,
-            run=self._run_job,
-            interrupt=self._interrupt,
+            run=self._runner.run,
+            interrupt=self._runner.interrupt,
             note=self._note_end,
             over=self._job_over,
-            at_once=self.jobs.federation.jobs_at_once,
+            at_once=limits.jobs_at_once,
             folder=self.workspace / "jobs",
         )
         self._admin = AdminDesk(
@@ -201,15 +215,6 @@ class Server:
             workspace=self.workspace,
             sites=lambda job: self._desk.sites(job),
             send=endpoint.send,
-        )
-        self._tracking = Tracking(
-            self.workspace,
-            trackers,
-            federation=self.kit.federation,
-            server=self.kit.party,
-            events=party.events,
-            sites=self._expected,
-            jobs=lambda: {job.name for job in self.jobs.jobs},
         )
         party.record.settings = self.jobs.model_dump(mode="json")
         party.events.write("listening", address=endpoint.address)
@@ -223,51 +228,6 @@ class Server:
         self._party.record.settings = jobs.model_dump(mode="json")
         return jobs, self.code
 
-    def _run_job(self, entry: JobEntry) -> None:
-        job, started = entry.job, time.monotonic()
-        desk = JobDesk(self._desk, job, sites=entry.file.sites, min_sites=entry.file.federation.min_sites)
-        sites = desk.wait_for_sites(deadline_s=entry.file.federation.join_deadline_s)
-        log.info("job begins job=%s sites=%s", job.name, ",".join(sites))
-        self._party.events.write("job begins", job=job.name, sites=list(sites))
-        self._tracking.begin(job.name, job.model_dump_json())
-        self._controller(entry, desk).run()
-        seconds = time.monotonic() - started
-        record = self._party.record
-        if isinstance(job, ClassifyJob):
-            # its stages are in the record already
-            record.seconds["study"] = record.seconds.get("study", 0.0) + seconds
-        else:
-            record.seconds[job.workflow] = record.seconds.get(job.workflow, 0.0) + seconds
-        self._party.save()
-        self._party.events.write("job done", job=job.name, seconds=round(seconds, 3))
-
-    def _controller(self, entry: JobEntry, desk: JobDesk) -> Controller:
-        def send_file(site: str, path: Path, header: FileHeader, kind: str) -> None:
-            desk.check()
-            self._send_file(site, path, header, kind)
-
-        runtime = Runtime(
-            job=entry.name,
-            desk=desk,
-            state=self._state,
-            events=self._party.events.bound(job=entry.name),
-            record=self._party.record,
-            workspace=self.workspace,
-            code=entry.code,
-            limits=entry.file.federation,
-            send_file=send_file,
-            lockstep=self._lockstep,
-            split=self._split,
-            save_model=self.save_model,
-            outgoing=self.outgoing,
-            incoming=self.incoming,
-        )
-        return controller_for(runtime, entry.job)
-
-    def _interrupt(self, job: str, error: FedbioError) -> None:
-        self._desk.interrupt(job, error)
-        self._lockstep.interrupt(job, str(error))
-
     def _note_end(self, job: str, state: JobState, reason: str) -> None:
         if state is not JobState.DONE:
             self._party.events.write(f"job {state}", job=job, reason=reason)
@@ -280,10 +240,9 @@ class Server:
         here = self._desk.sites()
         for site in self._desk.expected:
             if site in here:
-                self._tell(site, messages.JOB_DONE, message)
+                self._outbox.tell(site, messages.JOB_DONE, message)
             elif state is not JobState.DONE:
-                away = functools.partial(self._tell, site, messages.JOB_DONE, message, self.jobs.transport.resume_s)
-                self._couriers.submit(away)
+                self._outbox.tell_later(site, messages.JOB_DONE, message, self.jobs.transport.resume_s)
 
     def _tell_done(self) -> None:
         """Tell the sites that are here which jobs were done before this process began."""
@@ -393,52 +352,21 @@ class Server:
         if reason:
             log.warning("site turned away site=%s reason=%s", site, reason)
             self._party.events.write("site turned away", site=site, reason=reason)
-            return self._tell(site, messages.ABORT, Abort(reason))
+            return self._outbox.tell(site, messages.ABORT, Abort(reason))
         self._state.joined(site, join.version)
-        self._tell(site, messages.WELCOME, Welcome(self.kit.federation, tuple(names)))
+        self._outbox.tell(site, messages.WELCOME, Welcome(self.kit.federation, tuple(names)))
         self._left.discard(site)
         self._desk.joined(site, join)
         if self._over:
-            return self._tell(site, messages.END)
+            return self._outbox.tell(site, messages.END)
         for row in self._state.jobs():
             if row.name in join.jobs and JobState(row.state).is_over:
-                self._tell(site, messages.JOB_DONE, _job_done(row.name, row.state, row.reason))
+                self._outbox.tell(site, messages.JOB_DONE, _job_done(row.name, row.state, row.reason))
         return None
-
-    # what goes
-
-    def _post_task(self, site: str, body: bytes, payload: Payload | None) -> None:
-        size = len(body) + ((payload.size or 0) if payload else 0)
-        self._party.ledger.add("model" if payload else "control", size, to=site, scheme=scheme_of(payload))
-        self._endpoint.send(site, messages.TASK, body, payload, self.jobs.federation.round_deadline_s)
-
-    def _exchange(self, site: str, topic: str, body: bytes, payload: Payload | None, timeout_s: float | None) -> None:
-        size = len(body) + ((payload.size or 0) if payload else 0)
-        self._party.ledger.add("model" if payload else "control", size, to=site)
-        self._endpoint.send(site, topic, body, payload, timeout_s)
-
-    def _pass_on(self, site: str, topic: str, body: bytes, items: Parameters | None) -> None:
-        size = len(body) + sum(each.nbytes for each in (items or {}).values())
-        self._party.ledger.add("control" if items is None else "activations", size, to=site)
-        payload = None if items is None else ObjectPayload(items)
-        self._endpoint.send(site, topic, body, payload, self.jobs.federation.round_deadline_s)
-
-    def _send_file(self, site: str, path: Path, header: FileHeader, kind: str) -> None:
-        payload = FilePayload(path)
-        self._party.ledger.add(kind, payload.size or 0, to=site)
-        self._endpoint.send(site, messages.FILE, pack(header), payload, self.jobs.federation.round_deadline_s)
-
-    def _tell(self, site: str, topic: str, message: msgspec.Struct | None = None, timeout_s: float = GOODBYE_S) -> None:
-        body = b"" if message is None else pack(message)
-        self._party.ledger.add("control", len(body), to=site)
-        try:
-            self._endpoint.send(site, topic, body, None, timeout_s)
-        except TransportError as error:
-            log.info("not told site=%s topic=%s reason=%s", site, topic, error)
 
     def _tell_all(self, topic: str, message: msgspec.Struct | None = None) -> None:
         for site in self._desk.sites():
-            self._tell(site, topic, message)
+            self._outbox.tell(site, topic, message)
 
     def _say_goodbye(self) -> None:
         self._over = True
