@@ -89,6 +89,12 @@ TEMPLATES: dict[str, Template] = {
         (*_SCRIPT, "rounds", "seed"),
         _CLIENT,
     ),
+    "split": Template(
+        "Split learning, a network cut between two sites: Gupta & Raskar 2018, doi 10.1016/j.jnca.2018.05.003.",
+        settings_jobs.SplitJob,
+        ("client.script", "bottom", "top", "epochs", "batch_size", "seed", "max_message_mb"),
+        {"client.script": "net.py", "bottom": "site-1", "top": "site-2"},
+    ),
     "statistics": Template(
         "Counts and histograms of all sites' proteins.",
         settings_jobs.StatisticsJob,
