@@ -92,13 +92,20 @@ while flare.is_running():
 """
 
 
-def start_crashing(parties: Parties, what: str, **limits: object) -> list[subprocess.Popen[bytes]]:
+def start_crashing(
+    parties: Parties, what: str, *, launch: str = "process", **limits: object
+) -> list[subprocess.Popen[bytes]]:
     """Start a job of three rounds whose script does something at site-2, once, in round 1."""
     folder = parties.folder / "job"
     folder.mkdir()
     (folder / "train.py").write_text(CRASHING.replace("WHAT", what))
     save_file({"w": np.zeros(4, np.float32)}, folder / "first.safetensors")
-    job = {"workflow": "fedavg", "client": {"script": "train.py"}, "rounds": 3, "model": "first.safetensors"}
+    job = {
+        "workflow": "fedavg",
+        "client": {"script": "train.py", "launch": launch},
+        "rounds": 3,
+        "model": "first.safetensors",
+    }
     content = {"jobs": [job], "federation": {"heartbeat_s": 2, "join_deadline_s": 60, **limits}}
     (folder / "job.yaml").write_text(yaml.safe_dump(content))
     kit, output = parties.folder / "kits/server", parties.folder / "server"
@@ -111,8 +118,10 @@ def last_model(parties: Parties) -> list[float]:
 
 
 @pytest.mark.slow
-def test_script_that_crashes_costs_its_site_one_round(parties: Parties) -> None:
-    processes = start_crashing(parties, "raise ValueError('no memory left')", min_sites=2, round_deadline_s=30)
+@pytest.mark.parametrize(("launch", "processes_at_site"), [("process", 2), ("in_process", 1)])
+def test_script_that_crashes_costs_its_site_one_round(parties: Parties, launch: str, processes_at_site: int) -> None:
+    what = "raise ValueError('no memory left')"
+    processes = start_crashing(parties, what, launch=launch, min_sites=2, round_deadline_s=30)
     assert [each.wait(120) for each in processes] == [0] * 4, parties.log("server")
     assert last_model(parties) == [3.0] * 4
     events = (parties.folder / "server/events.jsonl").read_text()
@@ -120,7 +129,7 @@ def test_script_that_crashes_costs_its_site_one_round(parties: Parties) -> None:
     assert "Traceback" not in events
     assert "Traceback" in parties.log("site-2")
     pids = {(parties.folder / f"site-2/scripts/fedavg/files/round-{number}").read_text() for number in range(4)}
-    assert len(pids) == 2
+    assert len(pids) == processes_at_site
 
 
 @pytest.mark.slow
