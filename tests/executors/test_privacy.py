@@ -78,12 +78,12 @@ def test_no_sequence_and_no_embedding_leaves_a_site(study: Any, left: dict[str, 
         assert not any(each in left[site] for each in ids)
 
 
-class _Leaky:
+class _Leaky(Executor):
     """An executor that does its work and lets something more out."""
 
     def __init__(self, honest: Executor, leak: Any) -> None:
         self.honest, self.leak = honest, leak
-        self.name, self.kind, self.leaves, self.stage = honest.name, honest.kind, honest.leaves, honest.stage
+        self.name, self.kind, self.leaves, self.stage = honest.name, honest.kind, honest.leaves, honest.stage  # type: ignore[misc]
 
     def execute(self, task: Any, model: FLModel, context: Any) -> FLModel:
         return self.leak(self.honest.execute(task, model, context), context)
@@ -104,7 +104,7 @@ def test_looking_finds_a_planted_leak(study: Any, left: dict[str, bytearray], ki
         return model
 
     executors = registry()
-    executors["train"] = _Leaky(executors["train"], leak)  # type: ignore[assignment]
+    executors["train"] = _Leaky(executors["train"], leak)
     study.run(study.jobs(embed=False, rounds=1), executors={"site-1": executors})
     assert leaks(study, "site-1", bytes(left["site-1"])) == {kind}
     assert leaks(study, "site-2", bytes(left["site-2"])) == set()
