@@ -62,6 +62,8 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
         How the names of this process's files there begin.
     resident : int
         Sites that are kept in memory at the same time.
+    memory_bytes : int
+        Of memory that the process may take before it keeps fewer of them.
     allow, code, quantization : list of str
         Policy of every site, see `fedbio.federation.site.Site` and `fedbio.federation.policy.Policy`.
     device, reuse, threads, synthetic, examples
@@ -74,6 +76,7 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     folders: list[str]
     prefix: str
     resident: int
+    memory_bytes: int = 1 << 62
     allow: list[str]
     code: list[str] = []
     quantization: list[str]

@@ -247,8 +247,10 @@ class _Players:
 
     def _put_away(self) -> None:
         """Let go of those that were idle longest, if they are too many."""
+        # one by one where memory is short: what was given back shows later, or was not theirs
+        fewest = max(1, len(self._resident) - 1) if _memory_bytes() > self._orders.memory_bytes else len(self._resident)
         for name, seat in list(self._resident.items()):
-            if len(self._resident) <= self._orders.resident:
+            if len(self._resident) <= min(fewest, self._orders.resident):
                 return
             with seat.lock:
                 if seat.site is not None and seat.site.at_rest:
@@ -266,6 +268,11 @@ class _Players:
         self._resident.pop(seat.spec.name, None)
         seat.closing.close()
         self._post.tell(message)
+
+
+def _memory_bytes() -> int:
+    """Return what this process has in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _present(site: Site) -> bool:

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 EXECUTORS, PREPARE = "fedbio.executors:registry", "fedbio.executors:load_libraries"
 
-RESIDENT = 128
-"""Sites that each process keeps in memory; further ones read their data again with every task."""
+RESIDENT = 1_000
+"""The most sites that a process keeps in memory; further ones read their data again with every task."""
+
+SHARE = 0.5
+"""Of the memory that is free at the beginning, how much all processes together may take to keep sites in it."""
 
 STREAMING = ("split",)
 """Workflows whose sites send to each other while they compute."""
@@ -50,6 +53,7 @@ def play(what: Simulation, run: Path, kits: Path, processes: int) -> None:
             folders=[],
             prefix="",
             resident=RESIDENT,
+            memory_bytes=int(SHARE * _free_bytes() / processes),
             allow=list(dict.fromkeys([*SiteSettings.model_fields["allow"].default, *what.allow])),
             code=[ANY] if "code" in what.allow else [],
             quantization=list(SCHEMES),
@@ -98,6 +102,12 @@ def _check(jobs: JobsFile) -> None:
                 f"job {job.name}: {what} streams between processes, and a pool has none for each site; run it with "
                 "--pool 0 (each site a process of its own)"
             )
+
+
+def _free_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    [kilobytes] = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(kilobytes) << 10
 
 
 def _environment(threads: int) -> dict[str, str]:
