@@ -45,6 +45,7 @@ from fedbio.files import whole_file
 from fedbio.results import EventLog
 from fedbio.settings import JobsFile
 from fedbio.settings_files import describe_problems
+from fedbio.settings_jobs import CustomJob
 from fedbio.transport import FilePayload, Opening, Payload, Received, Sink, SpoolSink
 
 log = logging.getLogger(__name__)
@@ -201,6 +202,11 @@ class AdminDesk:
             raise describe_problems("jobs", error, JobsFile) from error
         if not file.jobs:
             raise SettingsError("jobs: there are none; name at least one job")
+        if own := [job.name for job in file.jobs if isinstance(job, CustomJob)]:
+            raise RefusedError(
+                f"job {', '.join(own)}: a controller of one's own runs in the server's process and is not taken from "
+                "afar; whoever runs the server can name it in the server's jobs file"
+            )
         content = memoryview(b"") if received is None or received.payload is None else received.payload.content
         named = {name for job in file.jobs for name in files_of(job)}
         if named != {each.name for each in request.files} or len(named) != len(request.files):

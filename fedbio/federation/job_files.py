@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedbio.errors import SettingsError
 from fedbio.settings import Job
-from fedbio.settings_jobs import EvaluationJob, ScriptJob
+from fedbio.settings_jobs import CustomJob, EvaluationJob, ScriptJob
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """A file's name without any folder: what is joined to a folder by it stays in that folder."""
@@ -25,12 +25,15 @@ def files_of(job: Job) -> tuple[str, ...]:
         If one is not a plain name, or the function that makes the initial model is in a file that is not streamed.
     """
     names: list[str] = []
-    if isinstance(job, ScriptJob):
-        names += [job.client.script, *job.client.files]
-        if job.client.initial and (source := job.client.initial.partition(":")[0]) not in names:
+    client = job.client if isinstance(job, (ScriptJob, CustomJob)) else None
+    if client is not None:
+        names += [client.script, *client.files]
+        if client.initial and (source := client.initial.partition(":")[0]) not in names:
             raise SettingsError(
                 f"job {job.name}: client.initial: {source} is not sent to the sites; add it to client.files"
             )
+    if isinstance(job, CustomJob):
+        names.append(job.controller.partition(":")[0])
     if model := getattr(job, "model", None):
         names.append(model)
     if isinstance(job, EvaluationJob):
