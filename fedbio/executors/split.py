@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 KEY, DIGESTS = "key", "digests"
 """Names of tensors while rows are agreed on."""
 
-LEAVES = "activations"
-"""What messages of a split session are in the ledger: activations, gradients, and digests of ids."""
-
 
 @dataclass(slots=True)
 class _Member:

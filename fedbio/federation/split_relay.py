@@ -111,9 +111,11 @@ class SplitRelay:
             return
         try:
             self._send(receiver, messages.SPLIT, pack(passage), items)
+        except PeerUnreachable as error:
+            log.info("message of a split session not delivered site=%s reason=%s", receiver, error)
+            self._end(passage.session, f"{receiver} is gone", lost=True)
         except TransportError as error:
-            reason = f"{receiver} has not taken message {passage.number}: {error}"
-            self._end(passage.session, reason, lost=isinstance(error, PeerUnreachable))
+            self._end(passage.session, f"{receiver} has not taken message {passage.number}: {error}")
 
     def gone(self, site: str) -> None:
         """A site's process is gone: its sessions are over."""

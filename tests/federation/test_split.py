@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -519,77 +518,103 @@ def test_who_waits_hears_of_the_end() -> None:
 # kills
 
 
-@pytest.fixture
-def processes(tmp_path: Path, split: Split) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    running: list[subprocess.Popen[bytes]] = []
+class Processes:
+    """The parties of a job as processes of their own, with four epochs of half a second."""
 
-    def start(name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        with open(tmp_path / f"{name}.log", "ab") as log:
+    def __init__(self, split: Split, port: int, **limits: Any) -> None:
+        self.split, self.folder, self.address = split, split.folder, f"localhost:{port}"
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.text = script("Adam", "", pause=0.06)
+        (self.folder / "net.py").write_text(self.text)
+        fasta(self.folder)
+        what = split.jobs(epochs=4).model_dump(mode="json")
+        what["transport"]["resume_s"] = 3
+        what["federation"] |= limits
+        (self.folder / "jobs.yaml").write_text(json.dumps(what))
+
+    def start(self, name: str) -> None:
+        kit, output = str(self.folder / "kits" / name), str(self.folder / name)
+        if name == "server":
+            arguments = ["--kit", kit, "--jobs", str(self.folder / "jobs.yaml"), "-o", output, "--listen", self.address]
+            command = ["server", *arguments]
+        else:
+            arguments = ["--kit", kit, "--data", str(self.folder / f"{name}.fasta"), "-o", output]
+            arguments += ["--server", self.address, "--connect-deadline", "60"]
+            command = ["site", *arguments, "--code", str(self.folder / "net.py"), "--allow", "split"]
+        with open(self.folder / f"{name}.log", "ab") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "fedbio", *arguments]
-            running.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-        return running[-1]
+            self.running[name] = subprocess.Popen(
+                [sys.executable, "-m", "fedbio", *command], stdout=log, stderr=log, env=environment
+            )
 
-    yield start
-    for process in running:
-        if process.poll() is None:
+    def kill(self, name: str) -> None:
+        self.running[name].kill()
+        self.running[name].wait()
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def epochs(self) -> list[int]:
+        path = self.folder / "server" / "events.jsonl"
+        return [each["epoch"] for each in self.split.events("epoch")] if path.exists() else []
+
+    def wait_for_the_middle_of_the_third_epoch(self) -> None:
+        self._wait_for(lambda: len(self.epochs()) == 2)
+        before = self._gradients()
+        self._wait_for(lambda: self._gradients() >= before + 2)
+        assert self.epochs() == [1, 2]
+
+    def _gradients(self) -> int:
+        return sum(each["kind"] == "activations" for each in self.split.events("sent", TOP))
+
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            ended = [name for name, process in self.running.items() if process.poll() is not None]
+            assert not ended, [self.log(name) for name in ended]
+            assert time.monotonic() < deadline, {name: self.log(name)[-3000:] for name in self.running}
+            time.sleep(0.01)
+
+    def end(self) -> None:
+        for process in self.running.values():
             process.kill()
-        process.wait()
+            process.wait()
+
+
+@pytest.fixture
+def processes(split: Split, free_port: int, request: pytest.FixtureRequest) -> Iterator[Processes]:
+    made = Processes(split, free_port, **getattr(request, "param", {}))
+    for name in ("server", BOTTOM, TOP):
+        made.start(name)
+    yield made
+    made.end()
 
 
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("victim", [BOTTOM, TOP, "server"])
-def test_party_killed_in_the_middle_of_an_epoch_and_the_parts_are_the_same(
-    victim: str, split: Split, processes: Callable[..., subprocess.Popen[bytes]], free_port: int
-) -> None:
-    folder = split.folder
-    text = script("Adam", "", pause=0.06)
-    (folder / "net.py").write_text(text)
-    fasta(folder)
-    what = split.jobs(epochs=4).model_dump(mode="json")
-    what["transport"]["resume_s"] = 5
-    (folder / "jobs.yaml").write_text(json.dumps(what))
-    address = f"localhost:{free_port}"
-
-    def start(name: str) -> subprocess.Popen[bytes]:
-        kit, output = str(folder / "kits" / name), str(folder / name)
-        if name == "server":
-            return processes(name, "server", "--kit", kit, "--jobs", str(folder / "jobs.yaml"), "-o", output,
-                             "--listen", address)  # fmt: skip
-        return processes(name, "site", "--kit", kit, "--data", str(folder / f"{name}.fasta"), "-o", output,
-                         "--server", address, "--code", str(folder / "net.py"), "--allow", "split",
-                         "--connect-deadline", "60")  # fmt: skip
-
-    parties = {name: start(name) for name in ("server", BOTTOM, TOP)}
-
-    def wait_for(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
-        while not condition():
-            logs = {name: (folder / f"{name}.log").read_text()[-3000:] for name in parties}
-            assert time.monotonic() < deadline, logs
-            time.sleep(0.01)
-
-    def epochs() -> int:
-        return len(split.events("epoch")) if (folder / "server" / "events.jsonl").exists() else 0
-
-    def sent() -> int:
-        return sum(each["kind"] == "activations" for each in split.events("sent", TOP))
-
-    wait_for(lambda: epochs() == 2)
-    before = sent()
-    # in the middle of the third epoch
-    wait_for(lambda: sent() >= before + 2)
-    parties[victim].send_signal(signal.SIGKILL)
-    parties[victim].wait()
-    assert epochs() == 2
-    parties[victim] = start(victim)
-    for name, process in parties.items():
-        assert process.wait(90) == 0, (folder / f"{name}.log").read_text()
+def test_party_killed_in_the_middle_of_an_epoch_and_the_parts_are_the_same(victim: str, processes: Processes) -> None:
+    processes.wait_for_the_middle_of_the_third_epoch()
+    processes.kill(victim)
+    processes.start(victim)
+    for name, process in processes.running.items():
+        assert process.wait(90) == 0, processes.log(name)
     bottom, top, _ = whole_network(script("Adam", ""), epochs=4)
-    assert_same(split.part(BOTTOM), bottom)
-    assert_same(split.part(TOP), top)
-    assert [each["epoch"] for each in split.events("epoch")] == [1, 2, 3, 4]
+    assert_same(processes.split.part(BOTTOM), bottom)
+    assert_same(processes.split.part(TOP), top)
+    assert processes.epochs() == [1, 2, 3, 4]
     if victim != "server":
-        [broken] = split.events("epoch broken off")
-        assert broken["epoch"] == 2
+        [broken] = processes.split.events("epoch broken off")
+        assert (broken["epoch"], broken["reason"]) == (2, f"{victim} is gone")
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize("processes", [{"round_deadline_s": 8}], indirect=True)
+def test_site_that_does_not_come_back_ends_the_job_with_its_name(processes: Processes) -> None:
+    processes.wait_for_the_middle_of_the_third_epoch()
+    processes.kill(BOTTOM)
+    assert processes.running["server"].wait(60) == 3
+    assert processes.running[TOP].wait(60) == 3
+    assert "1 of 2 sites are here after 8 s, 2 are needed; missing: site-1" in processes.log("server")
+    assert "site-1 is gone" in processes.log(TOP)
