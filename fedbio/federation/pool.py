@@ -9,15 +9,11 @@ import hashlib
 import logging
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,12 +30,11 @@ from fedbio.federation.pool_messages import (
     Orders,
     Taken,
     allow_many_files,
-    decode_mail,
     lay_out,
     mapped,
     poured,
 )
-from fedbio.processes import die_with_parent
+from fedbio.federation.pool_process import PoolProcess
 from fedbio.transport import FilePayload, MemorySink, Opening, Payload, Presence, Received, ReceivedPayload, TensorSink
 from fedbio.transport.incoming import Agreed, SinkFactory
 
@@ -51,14 +46,14 @@ LIVES = 5
 LEAVE_S = {messages.END: 60.0, messages.ABORT: 3.0}
 """Seconds in which sites have to end that were told so."""
 
+KEEPER_S = 10.0
+"""Seconds that whoever listens to a process has to notice its end."""
+
 ERRORS: dict[int, type[FedbioError]] = {1: FedbioError, 2: InputError, 4: RefusedError}
 """What a site has ended with, by its exit code."""
 
 MEMORY = "/dev/shm"  # noqa: S108 - a folder of the run's own in it, for nobody else to look into
 """The file system that is in memory."""
-
-LAST_LINES = 8
-"""Lines of a process's log that are shown if it is given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,35 +85,6 @@ class Pool:
             return PoolEndpoint(self, on_failure=on_failure, **named)
 
         return make
-
-
-@dataclass(eq=False)
-class _Process:
-    """One process of the pool; a new one takes its place if it dies."""
-
-    number: int
-    sites: set[str]
-    """Those that it plays."""
-    here: set[str] = field(default_factory=set)
-    """Those of them that have presented themselves."""
-    told: dict[str, str] = field(default_factory=dict)
-    """Those of them that were told to end, and by which topic."""
-    writing: threading.Lock = field(default_factory=threading.Lock)
-    lives: int = 0
-    heard: bool = False
-    popen: subprocess.Popen[bytes] | None = None
-    connection: Connection | None = None
-
-    @property
-    def prefix(self) -> str:
-        return f"{self.number}-"
-
-    def tell(self, message: Mail | Orders) -> None:
-        """Send it a message; `OSError` if it is not there."""
-        with self.writing:
-            if self.connection is None:
-                raise BrokenPipeError("it has ended")
-            self.connection.send_bytes(msgspec.msgpack.encode(message))
 
 
 class PoolEndpoint:
@@ -155,8 +121,12 @@ class PoolEndpoint:
         self._closing = False
         names = sorted(site.name for site in pool.orders.sites)
         # always the same one: a site's tasks stay in order, and what it has in memory is of use
-        self._processes = [_Process(number, set(names[number :: pool.processes])) for number in range(pool.processes)]
+        self._processes = [
+            PoolProcess(number, set(names[number :: pool.processes]), pool.folder / f"process-{number + 1}.txt")
+            for number in range(pool.processes)
+        ]
         self._of = {site: process for process in self._processes for site in process.sites}
+        self._keepers: list[threading.Thread] = []
         self._folders: list[str] = []
         self._laid: weakref.WeakKeyDictionary[Payload, _Laid] = weakref.WeakKeyDictionary()
 
@@ -165,7 +135,8 @@ class PoolEndpoint:
         self._folders = _make_folders(self._pool.folder)
         for process in self._processes:
             name = f"pool-{process.number + 1}"
-            threading.Thread(target=self._keep, args=(process,), name=name, daemon=True).start()
+            self._keepers.append(threading.Thread(target=self._keep, args=(process,), name=name, daemon=True))
+            self._keepers[-1].start()
         return self
 
     def __exit__(
@@ -209,19 +180,17 @@ class PoolEndpoint:
             self._changed.wait_for(lambda: not self._ending(time.monotonic() - began), max(LEAVE_S.values()))
             self._closing = True
         for process in self._processes:
-            if process.popen is not None:
-                # it keeps nothing that is not in the workspaces
-                process.popen.kill()
-        for process in self._processes:
-            if process.popen is not None:
-                process.popen.wait()
+            # it keeps nothing that is not in the workspaces
+            process.kill()
+        for keeper in self._keepers:
+            keeper.join(KEEPER_S)
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _ending(self, seconds: float) -> bool:
         """Whether a site may still be about to end."""
         return any(
-            process.popen is not None and process.popen.poll() is None and seconds < LEAVE_S[process.told[site]]
+            process.lives_on and seconds < LEAVE_S[process.told[site]]
             for process in self._processes
             for site in process.sites & process.told.keys()
         )
@@ -240,54 +209,32 @@ class PoolEndpoint:
 
     # the processes
 
-    def _start(self, process: _Process) -> Connection | None:
-        """Start a process and return the way to it; None if there shall be none any more."""
-        with self._changed:
-            return None if self._closing else self._started(process)
-
-    def _started(self, process: _Process) -> Connection:
-        ours, theirs = socket.socketpair()
-        path = self._pool.folder / f"process-{process.number + 1}.txt"
-        with theirs, open(path, "ab") as output:
-            process.popen = subprocess.Popen(
-                [sys.executable, "-m", "fedbio.federation.pool_worker", str(theirs.fileno())],
-                env=dict(self._pool.environment),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[theirs.fileno()],
-                # Ctrl-C is for the server alone
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
-        process.connection, process.heard = Connection(ours.detach()), False
-        process.lives += 1
-        return process.connection
-
-    def _keep(self, process: _Process) -> None:
-        """Have a process play its sites to their end, and another one if it dies.
-
-        All of them are started on this thread, which lives as long: they die with the thread that has started them.
-        """
+    def _keep(self, process: PoolProcess) -> None:
+        """Have a process play its sites to their end, and another one if it dies."""
         try:
-            while (connection := self._start(process)) is not None:
-                self._listen(process, connection)
-                if not self._bury(process, connection):
+            while self._start(process):
+                sites = [site for site in self._pool.orders.sites if site.name in process.sites]
+                orders = msgspec.structs.replace(
+                    self._pool.orders, sites=sites, folders=self._folders, prefix=process.prefix
+                )
+                with contextlib.suppress(OSError):
+                    process.tell(orders)
+                for mail in process.says():
+                    self._take(process, mail)
+                if not self._bury(process):
                     return
         except BaseException as error:
             log.exception("a process of the pool is lost")
             self._on_failure(FedbioError(f"a process of the pool is lost: {type(error).__name__}: {error}"))
 
-    def _listen(self, process: _Process, connection: Connection) -> None:
-        """Take what a process says, from its first word to its last."""
-        sites = [site for site in self._pool.orders.sites if site.name in process.sites]
-        orders = msgspec.structs.replace(self._pool.orders, sites=sites, folders=self._folders, prefix=process.prefix)
-        with contextlib.suppress(OSError):
-            process.tell(orders)
-        while (content := _next(connection)) is not None:
-            self._take(process, decode_mail(content))
+    def _start(self, process: PoolProcess) -> bool:
+        """Start a process, unless there shall be none any more."""
+        with self._changed:
+            if not self._closing:
+                process.start(self._pool.environment)
+            return not self._closing
 
-    def _take(self, process: _Process, mail: Mail) -> None:
+    def _take(self, process: PoolProcess, mail: Mail) -> None:
         if isinstance(mail, Letter):
             self._take_letter(process, mail)
         elif isinstance(mail, (Left, Failed)):
@@ -301,7 +248,7 @@ class PoolEndpoint:
                 self._changed.notify_all()
             self._on_peer(mail.site, Presence.GONE)
 
-    def _take_letter(self, process: _Process, letter: Letter) -> None:
+    def _take_letter(self, process: PoolProcess, letter: Letter) -> None:
         if letter.topic == messages.JOIN:
             process.heard = True
             with self._changed:
@@ -334,13 +281,9 @@ class PoolEndpoint:
             return poured(content, TensorSink(MemorySink, self._schemes(opening)))
         return ReceivedPayload(content)
 
-    def _bury(self, process: _Process, connection: Connection) -> bool:
+    def _bury(self, process: PoolProcess) -> bool:
         """A process has ended; return whether another one shall play its sites."""
-        with process.writing:
-            process.connection = None
-            connection.close()
-        assert process.popen is not None
-        code = process.popen.wait()
+        code = process.wait()
         for folder in self._folders:
             for left in Path(folder).glob(f"{process.prefix}*"):
                 left.unlink(missing_ok=True)
@@ -354,23 +297,13 @@ class PoolEndpoint:
             self._on_peer(site, Presence.GONE)
         if process.heard and process.lives < LIVES:
             return True
-        path = self._pool.folder / f"process-{process.number + 1}.txt"
-        lines = "\n".join(f"  {line}" for line in path.read_text(errors="replace").splitlines()[-LAST_LINES:])
         self._on_failure(
             FederationError(
                 f"process {process.number + 1} of the pool has ended {process.lives} times, the last time with code "
-                f"{code}; its last lines ({path}):\n{lines}"
+                f"{code}; its last lines ({process.log}):\n{process.last_lines()}"
             )
         )
         return False
-
-
-def _next(connection: Connection) -> bytes | None:
-    """Return the next message; None if there will be none."""
-    try:
-        return connection.recv_bytes()
-    except (EOFError, OSError):
-        return None
 
 
 @dataclass(slots=True)

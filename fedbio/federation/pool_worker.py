@@ -31,6 +31,7 @@ from typing import Any
 import msgspec
 
 from fedbio.errors import FedbioError, FederationError, PeerUnreachable, TransportError
+from fedbio.federation import messages
 from fedbio.federation.party import Party
 from fedbio.federation.policy import Policy
 from fedbio.federation.pool_messages import (
@@ -52,6 +53,9 @@ from fedbio.settings import KitFile, load
 from fedbio.transport import Credentials, MemorySink, Payload, Presence, Received, ReceivedPayload, TensorSink
 
 log = logging.getLogger(__name__)
+
+AT_ONCE = (messages.JOB_DONE, messages.END, messages.ABORT)
+"""Topics that a site hears of also in the middle of a task."""
 
 _playing = threading.local()
 """Who is played on a thread, for the log."""
@@ -188,9 +192,10 @@ class _Players:
             log.warning("message not taken topic=%s reason=%s", letter.topic, error)
             return
         with seat.lock:
-            if seat.site is not None:
+            if seat.site is not None and letter.topic in AT_ONCE:
                 seat.site.hear(received)
             else:
+                # decoded when it is its turn: what goes to many is large many times
                 seat.waiting.append(received)
         self._mail.put(letter.site)
 
@@ -217,15 +222,16 @@ class _Players:
         """Return a site that is in memory, with all messages that have come for it."""
         self._resident[seat.spec.name] = seat
         self._resident.move_to_end(seat.spec.name)
-        if seat.site is None:
+        site = seat.site
+        if site is None:
             site = self._make(seat)
             site.begin(seat.party, seat.link)
-            with seat.lock:
-                for received in seat.waiting:
-                    site.hear(received)
-                seat.waiting.clear()
-                seat.site = site
-        return seat.site
+        with seat.lock:
+            for received in seat.waiting:
+                site.hear(received)
+            seat.waiting.clear()
+            seat.site = site
+        return site
 
     def _make(self, seat: _Seat) -> Site:
         orders, spec = self._orders, seat.spec
@@ -253,17 +259,21 @@ class _Players:
             if len(self._resident) <= min(fewest, self._orders.resident):
                 return
             with seat.lock:
-                if seat.site is not None and seat.site.at_rest:
-                    seat.site.put_away()
-                    seat.site = None
-                    del self._resident[name]
+                site = seat.site
+                if site is None or not site.at_rest:
+                    continue
+                seat.site = None
+            del self._resident[name]
+            # not under the lock, on which whoever reads the messages waits
+            site.put_away()
 
     def _dismiss(self, seat: _Seat, message: Mail) -> None:
         """A site is not played any more."""
+        site = seat.site
         with seat.lock:
-            if seat.site is not None:
-                seat.site.close()
             seat.site = None
+        if site is not None:
+            site.close()
         del self._seats[seat.spec.name]
         self._resident.pop(seat.spec.name, None)
         seat.closing.close()
