@@ -26,8 +26,9 @@ from fedbio.weights import Weights, weights_digest, write_weights
 
 from .conftest import TINY, WriteFasta, slow_encoder
 
-# so little work is slowed down, not sped up, by a second thread on a busy machine
-embed = functools.partial(embed_file, threads=1)
+# so little work is slowed down, not sped up, by a second thread on a busy machine; the references are in float32,
+# and a processor that has bfloat16 would take that by itself
+embed = functools.partial(embed_file, threads=1, dtype="float32")
 
 
 @pytest.fixture
@@ -240,7 +241,7 @@ import sys
 from fedbio.embeddings import EmbeddingsWriter
 from fedbio.encoder import embed_file
 EmbeddingsWriter.SHARD_SECONDS = 0.0
-embed_file(sys.argv[1], sys.argv[2], encoder=sys.argv[3], batch_residues=100, threads=1)
+embed_file(sys.argv[1], sys.argv[2], encoder=sys.argv[3], batch_residues=100, threads=1, dtype="float32")
 """
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from fedbio.errors import FederationError, PeerUnreachable, SettingsError
-from fedbio.federation import Chain, ClipNorm, FLModel, Server, messages
+from fedbio.federation import Chain, ClipNorm, FLModel, messages
 from fedbio.federation.model import WEIGHT
+from fedbio.federation.outbox import Outbox
 from fedbio.results import read_party
 
 F = np.float32
@@ -157,15 +158,15 @@ def test_site_that_did_not_hear_of_a_model_gets_it_from_another(
     """In lockstep the server has none to give."""
     expected, _ = run(federations(), rounds=3)
     told: list[tuple[str, str, int]] = []
-    send = Server._exchange
+    send = Outbox.exchange
 
-    def deaf(server: Any, site: str, topic: str, body: bytes, *rest: Any) -> None:
+    def deaf(outbox: Any, site: str, topic: str, body: bytes, *rest: Any) -> None:
         told.append((topic, site, messages.unpack(messages.Exchange, body).round))
         if told.count((messages.COMMIT, "site-2", 2)) == 1 and told[-1] == (messages.COMMIT, "site-2", 2):
             raise PeerUnreachable("not heard")
-        send(server, site, topic, body, *rest)
+        send(outbox, site, topic, body, *rest)
 
-    monkeypatch.setattr(Server, "_exchange", deaf)
+    monkeypatch.setattr(Outbox, "exchange", deaf)
     found, _ = run(federations(), aggregation="lockstep", rounds=3)
     assert same(found, expected)
     assert [each for each in told if each[0] == messages.MEAN and each[2] == 2].count((messages.MEAN, "site-2", 2)) == 2

@@ -48,7 +48,7 @@ def test_controller_of_the_manual_averages(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        (None, "not found"),
+        (None, "there is no file mine.py"),
         ("import nowhere_to_be_found", "ModuleNotFoundError"),
         ("class Mine: pass", "no class Mine that is a fedbio.federation.Controller"),
         ("def Mine(): pass", "no class Mine"),

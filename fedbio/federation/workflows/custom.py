@@ -48,8 +48,6 @@ def load(runtime: Runtime, job: CustomJob) -> Controller:
     """
     name, _, kind = job.controller.partition(":")
     path = runtime.code / name
-    if not path.is_file():
-        raise SettingsError(f"job {job.name}: {path}: not found; put it beside the job file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
