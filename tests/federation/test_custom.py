@@ -59,7 +59,8 @@ def test_controller_that_cannot_be_loaded_is_said_clearly(runs: Runs, code: str 
         (runs.code / "mine.py").write_text(code)
     jobs = runs.jobs(workflow="custom", controller="mine.py:Mine", name="mine")
     server = runs.federation.start(runs.federation.server(jobs, code=runs.code))
-    for name in SITES:
+    # a server whose job names no file does not even listen
+    for name in SITES if code is not None else ():
         runs.federation.start(runs.federation.site(name, runs.executors[name]))
     with pytest.raises(SettingsError, match=said):
         server.result(60)
