@@ -92,7 +92,7 @@ class Transport(Section):
     """Files of one peer that wait half-received for their rest; the oldest makes room for one more."""
     keep_partial_s: Seconds = 86_400.0
     """Seconds that a half-received file waits for its rest."""
-    window_chunks: Annotated[int, Field(ge=1, le=1_000)] = 12
+    window_chunks: Annotated[int, Field(ge=1, le=1_000)] = 8
     """Chunks of 1 MiB that may be under way in one stream; more fill a fast link over a long way, and cost memory."""
     handshake_s: Seconds = 10.0
     """Seconds from a connection to the end of its handshake."""

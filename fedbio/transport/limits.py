@@ -30,7 +30,7 @@ class Limits:
     """Files of one peer that wait half-received for their rest."""
     keep_partial_s: float = 86_400.0
     """Seconds that a half-received file waits for its rest."""
-    window_chunks: int = 12
+    window_chunks: int = 8
     """Chunks of one stream that may be under way before the receiver has taken them in."""
     handshake_s: float = 10.0
     """Seconds from a connection to the end of its handshake."""

@@ -34,12 +34,9 @@ WELCOME = ("fedbio", "welcome")
 NAME = "fedbio-name"
 """The metadata in which the dialling end says its name where no certificate does."""
 
-BULK_FRAMES = 2
-"""Long frames that share a message: its way through gRPC's threads costs as much as a quarter of such a frame."""
-
 OPTIONS = [
-    ("grpc.max_receive_message_length", BULK_FRAMES * MAX_FRAME_BYTES),
-    ("grpc.max_send_message_length", BULK_FRAMES * MAX_FRAME_BYTES),
+    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
     # a compressed message could be far larger than it looks
     ("grpc.compression_enabled_algorithms_bitset", 1),
 ]
@@ -170,7 +167,7 @@ class _GrpcListener(Listener):
 
 def _messages(outbox: Outbox) -> Iterator[bytes]:
     """Yield what leaves, one gRPC message for all frames that leave together."""
-    while (frames := outbox.take(BULK_FRAMES)) is not None:
+    while (frames := outbox.take()) is not None:
         yield encode(frames)
 
 

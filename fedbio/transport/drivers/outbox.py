@@ -10,8 +10,8 @@ import threading
 from fedbio.transport.drivers.base import ConnectionClosed, Lane
 from fedbio.transport.frames import Frame
 
-BULK_FRAMES = 4
-"""Bulk frames queued at most: two on their way, two ready; what is urgent overtakes them."""
+BULK_FRAMES = 2
+"""Bulk frames queued at most: one on the link, one ready; more would only take memory."""
 
 URGENT_FRAMES = 1024
 """Urgent frames queued at most: a peer that reads none of so many is as good as gone."""
@@ -76,11 +76,10 @@ class Outbox:
             if self._urgent or self._bulk or self._reason is not None:
                 self._filled.notify()
 
-    def take(self, bulk: int = 1) -> list[Frame] | None:
+    def take(self) -> list[Frame] | None:
         """Wait for the next frames to send together; None after `close`, once all that was queued is out.
 
-        Small frames that are ready together leave together, and up to `bulk` long ones: a message costs the link far
-        more than its bytes do.
+        Small frames that are ready together leave together: a message costs the link far more than its bytes do.
         """
         with self._lock:
             if self._taken:
@@ -95,10 +94,10 @@ class Outbox:
             self._hurry = bool(self._bulk)
             if self._urgent:
                 return self._join_urgent()
-            frames = [self._bulk.popleft() for _ in range(min(bulk, len(self._bulk)))]
-            self._drained.notify_all()
+            frame = self._bulk.popleft()
+            self._drained.notify()
             self._hurry = bool(self._bulk)
-            return frames
+            return [frame]
 
     def _wait_for_frames(self) -> None:
         while self._sending or not (self._urgent or self._bulk or self._reason is not None):
