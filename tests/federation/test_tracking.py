@@ -348,7 +348,11 @@ def leveldb_records(content: bytes) -> Iterator[bytes]:
     while at + 7 <= len(content):
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
+        if at + 7 > len(content):
+            return
         length, kind = struct.unpack_from("<HB", content, at + 4)
+        if at + 7 + length > len(content):
+            return  # it is being written
         parts += content[at + 7 : at + 7 + length]
         at += 7 + length
         # 1 is a whole record, 4 the last part of one
