@@ -154,11 +154,6 @@ class RunningProcess(Run):
         self._on_end = on_end
         threading.Thread(target=self._wait, name="script-ends", daemon=True).start()
 
-    @property
-    def guard(self) -> int:
-        """Process id of its guard, whose only child is the script."""
-        return self._popen.pid
-
     def _wait(self) -> None:
         self._on_end(Ending(self._popen.wait()))
 

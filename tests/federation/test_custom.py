@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fedbio.errors import SettingsError
+from fedbio.federation.workflows.script import END
 from fedbio.tensors import open_file
 
 from .test_script_fedavg import SITES, Runs, assert_same, mean, reference, runs
@@ -34,6 +35,8 @@ def test_controller_of_the_manual_averages(runs: Runs) -> None:
     sites = [runs.federation.start(runs.federation.site(name, runs.executors[name])) for name in SITES]
     for each in (server, *sites):
         each.result(60)
+    # the scripts are told that there is no more to do
+    assert all(runs.executors[site][END].rounds for site in SITES)
     found = dict(open_file(runs.models / "model.safetensors"))
     combine = mean([10, 20, 30])
 

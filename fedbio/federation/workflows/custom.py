@@ -6,7 +6,7 @@ __all__ = ["ScriptController", "load"]
 
 import importlib.util
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from fedbio.errors import SettingsError
 from fedbio.federation.controller import Controller, Runtime
@@ -37,6 +37,25 @@ class ScriptController(Controller):
             raise SettingsError(f"job {self.job}: has no client; name the script that runs at the sites")
         return {site: self._deployment.examples[site] for site in self._deployment.sites()}
 
+    def end(self) -> None:
+        """Tell the scripts, if there are some, that there is no more to do; done by itself after `run`."""
+        if self._deployment is not None:
+            self._deployment.end()
+
+
+class _Custom(Controller):
+    """Runs a controller of one's own, and ends its scripts: else they would wait until the server ends."""
+
+    def __init__(self, runtime: Runtime, controller: Controller) -> None:
+        super().__init__(runtime)
+        self._controller = controller
+
+    def run(self) -> Any:
+        found = self._controller.run()
+        if isinstance(self._controller, ScriptController):
+            self._controller.end()
+        return found
+
 
 def load(runtime: Runtime, job: CustomJob) -> Controller:
     """Return the job's controller.
@@ -59,4 +78,4 @@ def load(runtime: Runtime, job: CustomJob) -> Controller:
     found = getattr(module, kind, None)
     if not (isinstance(found, type) and issubclass(found, Controller)):
         raise SettingsError(f"job {job.name}: {path} has no class {kind} that is a fedbio.federation.Controller")
-    return cast("Callable[[Runtime, CustomJob], Controller]", found)(runtime, job)
+    return _Custom(runtime, cast("Callable[[Runtime, CustomJob], Controller]", found)(runtime, job))
