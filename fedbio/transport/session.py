@@ -82,6 +82,8 @@ class Session:
         self._last_stream = 0
         self._lock = threading.Lock()
         self._sign = threading.Event()
+        """Set by the answer to the last question, see `shows_life`, and by the end of a connection."""
+        self._asked = self._answered = 0
         self._over: str | None = None
         self._deliver = deliver
         self._receiver = Receiver(
@@ -114,7 +116,6 @@ class Session:
             while True:
                 frame = connection.read()
                 self.frames_heard += 1
-                self._sign.set()
                 if frame.kind == Kind.BYE:
                     reason = "closed by the peer"
                     self.end(reason)
@@ -163,9 +164,22 @@ class Session:
 
     def shows_life(self, within_s: float) -> bool:
         """Ask for a sign of life and return whether one came in time."""
-        self._sign.clear()
-        self.ping()
-        return self._sign.wait(within_s) and self._over is None and self._connection is not None
+        while (connection := self._connection) is not None and self._over is None:
+            alive = self._answers(within_s)
+            if self._connection is connection:
+                return alive
+        return False
+
+    def _answers(self, within_s: float) -> bool:
+        """Whether the peer answers a question, or goes on sending: what was under way when it died does neither."""
+        with self._lock:
+            self._asked += 1
+            number = self._asked
+            self._sign.clear()
+        self._reply(make(Kind.PING, 0, number), Lane.URGENT)
+        self._sign.wait(within_s / 2)
+        heard = self.frames_heard
+        return self._answered >= number or self._sign.wait(within_s / 2) or self.frames_heard > heard
 
     def ping(self) -> None:
         """Ask for a sign of life."""
@@ -270,7 +284,11 @@ class Session:
     def _take(self, frame: Frame) -> None:
         kind = frame.kind
         if kind == Kind.PING:
-            self._reply(make(Kind.PONG), Lane.URGENT)
+            self._reply(make(Kind.PONG, 0, frame.sequence), Lane.URGENT)
+        elif kind == Kind.PONG:
+            self._answered = max(self._answered, min(frame.sequence, self._asked))
+            if frame.sequence == self._asked:
+                self._sign.set()
         elif kind in (Kind.CREDIT, Kind.ACCEPTED, Kind.REJECTED, Kind.POSITION):
             self._take_answer(frame)
         elif kind in (Kind.HELLO, Kind.WELCOME, Kind.REFUSED):

@@ -178,6 +178,8 @@ class SiteEndpoint(Endpoint):
         with self._changed:
             self._current = session
             self._failure = failure
+            if session is not None and self._closing.is_set():
+                session.end("the site is closing")  # `close` has not seen it
             self._changed.notify_all()
 
     def _enter(self, welcome: handshake.Welcome) -> Session:

@@ -39,8 +39,10 @@ class Wire:
             self._cut_at[way] = self.passed[way] + more
 
     def close(self) -> None:
-        self._listening.close()
-        for each in list(self._open):
+        # whoever waits in one of them wakes up
+        for each in (self._listening, *self._open):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
             each.close()
 
     def _accept(self) -> None:
@@ -147,7 +149,7 @@ def test_broken_connection_sends_neither_task_nor_result_twice(
 
 @pytest.mark.slow
 def test_new_process_of_a_site_gets_the_task_that_the_old_one_had(federation: Any, wire: Wire, free_port: int) -> None:
-    """The old process holds its task and its connection when it is cut off for good; the new one is given the task."""
+    """The old process holds its task when it is cut off for good; the new one is given the task."""
     jobs = federation.jobs(rounds=1, mlp=HIDDEN, round_deadline_s=60)
     fakes = {name: federation.fakes(WIDTH) for name in SITES}
     stuck, over = threading.Event(), threading.Event()
@@ -170,8 +172,9 @@ def test_new_process_of_a_site_gets_the_task_that_the_old_one_had(federation: An
         first.result(30)
     again = federation.fakes(WIDTH)
     second = federation.start(federation.site("site-1", again, **options))
-    for each in (server, second, *others):
+    for each in (second, server, *others):
         each.result(60)
     assert again["train"].calls == 1
-    seen = events(federation.folder / "server", "site joined", "site lost", "site gone", site="site-1")
-    assert [each["event"] for each in seen] == ["site joined", "site lost", "site gone", "site joined", "site gone"]
+    # who is asked for a sign of life because its successor is at the door need not be lost first
+    seen = events(federation.folder / "server", "site joined", "site gone", site="site-1")
+    assert [each["event"] for each in seen] == ["site joined", "site gone", "site joined", "site gone"]

@@ -255,6 +255,54 @@ def test_window_of_a_receiver_is_the_smaller_one(hold: Callable[..., Held]) -> N
     gate.set()
 
 
+def ask(held: Held, within_s: float) -> list[bool]:
+    answer: list[bool] = []
+    held._start(lambda: answer.append(held.session.shows_life(within_s)))
+    return answer
+
+
+def test_life_is_an_answer_to_the_question(hold: Callable[..., Held]) -> None:
+    held = hold()
+    connection = held.carry()
+    answer = ask(held, 5.0)
+    question = connection.hear()
+    assert question.kind == Kind.PING
+    assert not answer
+    connection.say(make(Kind.PONG, 0, question.sequence))
+    eventually(lambda: answer == [True])
+
+
+def test_what_was_under_way_is_no_sign_of_life(hold: Callable[..., Held]) -> None:
+    """A process that was killed leaves frames behind that are read only later."""
+    held = hold()
+    connection = held.carry()
+    answer = ask(held, 0.4)
+    assert connection.hear().kind == Kind.PING
+    connection.say(make(Kind.PONG), message(1))
+    eventually(lambda: answer == [False])
+    assert held.session.connection is connection
+
+
+def test_peer_whose_answer_is_late_but_goes_on_sending_lives(hold: Callable[..., Held]) -> None:
+    held = hold()
+    connection = held.carry()
+    answer = ask(held, 0.4)
+    for _ in range(40):
+        connection.say(make(Kind.PING))
+        if answer:
+            break
+        time.sleep(0.02)
+    eventually(lambda: answer == [True])
+
+
+def test_connection_that_ends_and_its_successor_show_no_life_by_themselves(hold: Callable[..., Held]) -> None:
+    held = hold()
+    held.carry()
+    answer = ask(held, 0.4)
+    held.carry()
+    eventually(lambda: answer == [False])
+
+
 def test_session_that_only_errors_end_is_given_up(hold: Callable[..., Held]) -> None:
     held = hold()
     outcome = held.send("model", b"", BytesPayload([b"abc"]))
@@ -382,6 +430,36 @@ def test_site_whose_session_was_forgotten_begins_a_new_one_even_if_its_welcome_w
         assert there.items[:4] == [Presence.ARRIVED, Presence.LOST, Presence.GONE, Presence.ARRIVED]
         site.send("up", timeout_s=10)
         eventually(lambda: at_server == ["up"])
+
+
+def test_site_that_is_closed_while_it_dials_anew_leaves_no_connection_behind(
+    kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"spool": tmp_path, "driver": "memory"}
+    server = ServerEndpoint("127.0.0.1:0", Credentials.from_kit(kits / "server"), on_message=print, **options)
+    site = SiteEndpoint(server.address, Credentials.from_kit(kits / "site-1"), on_message=print, **options)
+    with server, site:
+        session, enter = site._current, site._enter
+        assert session is not None and session.connection is not None
+        closing = threading.Thread(target=site.close)
+        entered = threading.Event()
+
+        def late(welcome: handshake.Welcome) -> Session:
+            closing.start()
+            eventually(lambda: session.over)
+            try:
+                return enter(welcome)
+            finally:
+                entered.set()
+
+        monkeypatch.setattr(site, "_enter", late)
+        session.connection.abort()
+        assert entered.wait(10)
+        closing.join(10)
+        eventually(lambda: not server.peers())
+        assert site._reader is not None
+        site._reader.join(10)
+        assert not site._reader.is_alive()
 
 
 def test_pieces_for_two_reach_the_one_who_is_here(kits: Path, tmp_path: Path) -> None:
