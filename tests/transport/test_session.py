@@ -440,7 +440,8 @@ def test_site_that_is_closed_while_it_dials_anew_leaves_no_connection_behind(
     site = SiteEndpoint(server.address, Credentials.from_kit(kits / "site-1"), on_message=print, **options)
     with server, site:
         session, enter = site._current, site._enter
-        assert session is not None and session.connection is not None
+        assert session is not None
+        assert session.connection is not None
         closing = threading.Thread(target=site.close)
         entered = threading.Event()
 
