@@ -6,6 +6,7 @@ __all__ = ["Outgoing", "SendReceipt"]
 
 import collections
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ class SendReceipt:
 class Outgoing:
     """One message under way.
 
-    Frames are made on the thread of the sender. Those that the receiver has not confirmed are kept, one window at
+    Frames are made on the thread of the sender, or, if making them never waits and the connection pulls, on the thread
+    that sends them. Those that the receiver has not confirmed are kept, one window at
     most; `position` moves the cursor back among them after a break.
 
     Parameters
@@ -58,6 +60,12 @@ class Outgoing:
         """Sequence number of the next frame to send."""
         self._ended = False
         self._outcome: TransportError | bool | None = None
+        self._chunks: Iterator[Frame] | None = None
+        """What a connection may pull."""
+        self._offered_to: Connection | None = None
+        self._making = threading.Lock()
+        """Held by the thread that pulls: it may be that of the connection before, for a moment."""
+        self._failure: BaseException | None = None
 
     # called by the connection's reader
 
@@ -75,6 +83,7 @@ class Outgoing:
             # only the first time does the receiver surely know nothing of the stream
             self._positioned = not self._asked and not self._resumable
             self._asked = True
+            self._offer()
             self._changed.notify_all()
 
     def detach(self) -> None:
@@ -89,6 +98,7 @@ class Outgoing:
                 raise ProtocolError(f"grants chunks below {limit}, when {self._cursor} have left")
             self._limit = max(self._limit, limit)
             self._forget(limit - self._window)
+            self._offer()
             self._changed.notify_all()
 
     def position(self, due: int, limit: int, prefix: bytes | None) -> None:
@@ -113,6 +123,7 @@ class Outgoing:
                 raise ProtocolError(f"goes on at chunk {due}, which is not one of those under way")
             self._limit = limit
             self._positioned = True
+            self._offer()
             self._changed.notify_all()
 
     def finish(self, outcome: TransportError | bool) -> None:
@@ -124,8 +135,12 @@ class Outgoing:
 
     # called by the sender
 
-    def run(self, chunks: Iterator[Frame], reader: Reader | None, deadline: float | None) -> None:
+    def run(
+        self, chunks: Iterator[Frame], reader: Reader | None, deadline: float | None, *, waits: bool = True
+    ) -> None:
         """Send all frames of `chunks`, the last of them END, until the receiver has the whole.
+
+        `waits` is whether making one of them may take its time, or the payload may be at the receiver in part.
 
         Raises
         ------
@@ -134,6 +149,19 @@ class Outgoing:
         TransportError
             If the receiver does not take the message.
         """
+        if waits:
+            return self._push(chunks, reader, deadline)
+        with self._changed:
+            self._chunks = chunks
+            self._offer()
+        try:
+            self._push(chunks, reader, deadline)
+        finally:
+            with self._making:
+                self._chunks = None
+        return None
+
+    def _push(self, chunks: Iterator[Frame], reader: Reader | None, deadline: float | None) -> None:
         made: Frame | None = None
         while True:
             with self._changed:
@@ -144,7 +172,7 @@ class Outgoing:
                     left = None if deadline is None else deadline - time.monotonic()
                     if left is not None and left <= 0:
                         raise PeerUnreachable("no acknowledgement within the time given")
-                    if self._may_send():
+                    if self._may_send() and not self._is_pulled():
                         break
                     self._changed.wait(left)
                 else:
@@ -167,7 +195,45 @@ class Outgoing:
                     # to the connection for which the cursor stood there; on the next one it may stand elsewhere
                     connection.write(frame, Lane.BULK)
 
+    def _is_pulled(self) -> bool:
+        return self._chunks is not None and self._connection is not None and self._connection.pulls
+
+    def _offer(self) -> None:
+        """Have the connection pull, if it does not do so already."""
+        connection = self._connection
+        if connection is not None and self._is_pulled() and self._offered_to is not connection and self._may_send():
+            self._offered_to = connection
+            with contextlib.suppress(ConnectionClosed):
+                connection.offer(functools.partial(self._pull, connection))
+
+    def _pull(self, connection: Connection) -> Frame | None:
+        """Make the next frame for a connection, on its thread; None if there is none for it now."""
+        with self._making:
+            while True:
+                with self._changed:
+                    chunks, over = self._chunks, self._outcome is not None or self._failure is not None
+                    if chunks is None or over or self._connection is not connection or not self._may_send():
+                        if self._offered_to is connection:
+                            self._offered_to = None
+                        return None
+                    due = self._cursor - self._first
+                    if due < len(self._kept):
+                        self._cursor += 1
+                        return self._kept[due]
+                try:
+                    made = next(chunks)
+                except BaseException as error:
+                    with self._changed:
+                        self._failure = error
+                        self._changed.notify_all()
+                    return None
+                with self._changed:
+                    self._kept.append(made)
+                    self._ended = made.kind == Kind.END
+
     def _is_over(self) -> bool:
+        if self._failure is not None:
+            raise self._failure
         if isinstance(self._outcome, TransportError):
             raise self._outcome
         return self._outcome is not None

@@ -53,9 +53,13 @@ class Payload(ABC):
         See the table at the top.
     size : int or None
         Bytes in all; None if they are not known beforehand.
+    waits : bool
+        Whether a chunk may take its time, as one from a disk or another's code does. One that does not is made by the
+        thread that sends it, if the driver has such; other messages of that connection leave after it.
     """
 
     kind: StreamKind
+    waits = True
 
     def __init__(self, size: int | None) -> None:
         self.size = size
@@ -207,6 +211,7 @@ class BlobPayload(Payload):
     """A buffer in memory, passed on without a copy; it must not change until it is sent."""
 
     kind = "blob"
+    waits = False
 
     def __init__(self, content: bytes | bytearray | memoryview) -> None:
         self._view = memoryview(content).cast("B")
@@ -304,6 +309,7 @@ class TensorPayload(Payload):
         self.quantization = quantization
         if quantization is None:
             self.kind = "tensors"
+            self.waits = False
             super().__init__(layout.encoded_size(self._parameters))
         else:
             self.kind = "quantized"

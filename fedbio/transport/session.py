@@ -213,7 +213,8 @@ class Session:
                     opening = wire.Open(topic, body, payload.kind, payload.size, transfer)
                     stream, outgoing = self._begin(Kind.OPEN, wire.pack(opening), resumable=transfer is not None)
                     meter = Meter(self._on_progress, self.peer, topic, outgoing=True, total=payload.size)
-                    outgoing.run(_frames(stream, opening, reader, meter), reader, deadline)
+                    frames = _frames(stream, opening, reader, meter)
+                    outgoing.run(frames, reader, deadline, waits=payload.waits)
                     size = len(body) + reader.bytes
                     meter.report()
             except PeerUnreachable as error:

@@ -30,6 +30,7 @@ from fedbio.transport import (
     wire,
 )
 from fedbio.transport.drivers import Connection, ConnectionClosed, Lane, load
+from fedbio.transport.drivers.base import Source
 from fedbio.transport.drivers.outbox import LINGER_S, Outbox
 from fedbio.transport.frames import Frame, Kind, make
 from fedbio.transport.incoming import REMEMBERED, SinkFactory
@@ -70,6 +71,22 @@ class Script(Connection):
     abort = close
 
 
+class Pulling(Script):
+    """A connection on whose thread frames are made: the test is that thread."""
+
+    pulls = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: queue.SimpleQueue[Source] = queue.SimpleQueue()
+
+    def offer(self, source: Source) -> None:
+        self.sources.put(source)
+
+    def source(self) -> Source:
+        return self.sources.get(timeout=10)
+
+
 class Held:
     """A session, and threads that carry it and send over it."""
 
@@ -85,8 +102,8 @@ class Held:
         )
         self.session.announced.set()
 
-    def carry(self, window: int = 8) -> Script:
-        connection = Script()
+    def carry(self, window: int = 8, kind: type[Script] = Script) -> Any:
+        connection = kind()
         if self._connections:
             self._connections[-1].abort()
         self._connections.append(connection)
@@ -345,6 +362,86 @@ def test_message_with_a_wrong_digest_is_handled_when_it_comes_right(hold: Callab
     connection.say(message(1, payload=b"abc"))
     assert connection.hear().kind == Kind.ACCEPTED
     assert bytes(held.inbox.wait(1)[0].payload.content) == b"abc"  # type: ignore[attr-defined]
+
+
+def test_chunks_of_what_is_in_memory_are_made_when_they_are_pulled(hold: Callable[..., Held]) -> None:
+    held = hold()
+    connection = held.carry(window=2, kind=Pulling)
+    content = bytes(range(256)) * (10 << 10)  # 2.5 MiB
+    outcome = held.send("model", b"", BlobPayload(content))
+    assert connection.hear().kind == Kind.OPEN
+    source = connection.source()
+    assert [bytes(source().payload) for _ in range(2)] == [content[:MIB], content[MIB : 2 * MIB]]
+    # the window is full; it is offered again when there is room, and only once
+    assert source() is None
+    assert connection.sources.empty()
+    connection.say(make(Kind.CREDIT, 1, 3), make(Kind.CREDIT, 1, 4))
+    source = connection.source()
+    assert bytes(source().payload) == content[2 * MIB :]
+    end = source()
+    assert wire.unpack(end.payload, wire.End).size == len(content)
+    assert source() is None
+    connection.say(make(Kind.ACCEPTED, 1))
+    eventually(lambda: outcome)
+    assert outcome[0].bytes == len(content)  # type: ignore[attr-defined]
+    assert connection.sources.empty()
+
+
+def test_new_connection_pulls_from_where_its_receiver_is_and_the_old_one_no_more(hold: Callable[..., Held]) -> None:
+    held = hold()
+    first = held.carry(kind=Pulling)
+    content = bytes(range(256)) * (12 << 10)  # 3 MiB
+    outcome = held.send("model", b"", BlobPayload(content))
+    stale = first.source()
+    assert [stale().sequence, stale().sequence] == [0, 1]
+    second = held.carry(kind=Pulling)
+    assert stale() is None
+    assert second.hear().sequence == 1  # asks where it stands
+    assert second.sources.empty()
+    second.say(make(Kind.POSITION, 1, 1, wire.pack(wire.Position(limit=9))))
+    source = second.source()
+    assert [frame.sequence for frame in (source(), source(), source())] == [1, 2, 3]
+    assert source() is None
+    second.say(make(Kind.ACCEPTED, 1))
+    eventually(lambda: outcome)
+    assert outcome[0].bytes == len(content)  # type: ignore[attr-defined]
+
+
+def test_error_while_a_chunk_is_pulled_reaches_the_sender(hold: Callable[..., Held]) -> None:
+    class Damaged(BlobPayload):
+        def chunks(self, start: int = 0) -> Iterator[memoryview]:
+            yield memoryview(bytes(MIB))
+            raise ValueError("what follows is damaged")
+
+    held = hold()
+    connection = held.carry(kind=Pulling)
+    outcome = held.send("model", b"", Damaged(bytes(2 * MIB)))
+    source = connection.source()
+    assert source().sequence == 0
+    assert source() is None
+    eventually(lambda: outcome)
+    assert str(outcome[0]) == "what follows is damaged"
+    assert [connection.hear().kind for _ in range(2)] == [Kind.OPEN, Kind.CANCEL]
+
+
+def test_sources_and_queued_frames_take_turns_behind_urgent_ones() -> None:
+    outbox = Outbox()
+    numbers = {1: iter(range(3)), 2: iter(range(2))}
+
+    def source(stream: int) -> Callable[[], Frame | None]:
+        return lambda: next((make(Kind.CHUNK, stream, number) for number in numbers[stream]), None)
+
+    outbox.put(make(Kind.CHUNK, 9, 0), Lane.BULK)
+    outbox.offer(source(1))
+    outbox.offer(source(2))
+    outbox.put(make(Kind.PING), Lane.URGENT)
+    outbox.close("enough", drop=False)
+    taken = []
+    while (frames := outbox.take()) is not None:
+        taken += [(frame.kind, frame.stream, frame.sequence) for frame in frames]
+    assert taken[0] == (Kind.PING, 0, 0)
+    assert sorted(taken[1:3]) == [(Kind.CHUNK, 1, 0), (Kind.CHUNK, 9, 0)]
+    assert [each[1:] for each in taken[3:]] == [(2, 0), (1, 1), (2, 1), (1, 2)]
 
 
 def test_failing_progress_callback_stops_no_transfer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["HANDSHAKE_BYTES", "Connection", "ConnectionClosed", "Driver", "Lane", "Listener"]
+__all__ = ["HANDSHAKE_BYTES", "Connection", "ConnectionClosed", "Driver", "Lane", "Listener", "Source"]
 
 import collections
 import enum
@@ -33,8 +33,15 @@ class Lane(enum.Enum):
     """When the link is ready for it, in order among its like."""
 
 
+Source = Callable[[], Frame | None]
+"""Makes the next bulk frame; None if there is none for now, and it will be offered again."""
+
+
 class Connection(ABC):
     """Two opposite flows of frames. One thread reads; any number of threads write."""
+
+    pulls = False
+    """Whether it takes frames from a source, on the thread that sends them: see `offer`."""
 
     def __init__(self, peer: str, address: str) -> None:
         self.peer = peer
@@ -69,6 +76,14 @@ class Connection(ABC):
 
         The payload is not copied and must not change until the frame's stream is over.
         """
+
+    def offer(self, source: Source) -> None:
+        """Have bulk frames made when the link is ready for them, by a source that never waits, until it gives None.
+
+        A driver whose library sends on a thread of its own saves each frame the way there from another processor's
+        cache. Raises `ConnectionClosed` like `write`.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:

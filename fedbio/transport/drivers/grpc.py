@@ -20,7 +20,7 @@ import grpc
 from fedbio.errors import MachineError, SettingsError
 from fedbio.transport.credentials import Credentials, Identity, Unencrypted
 from fedbio.transport.drivers.addresses import bind, split
-from fedbio.transport.drivers.base import Connection, ConnectionClosed, Driver, Lane, Listener
+from fedbio.transport.drivers.base import Connection, ConnectionClosed, Driver, Lane, Listener, Source
 from fedbio.transport.drivers.outbox import Outbox
 from fedbio.transport.drivers.tls import diagnose
 from fedbio.transport.frames import MAX_FRAME_BYTES, Frame, decode_all, encode
@@ -50,6 +50,8 @@ CLOSE_GRACE_S = 1.0
 class _GrpcConnection(Connection):
     """One stream; gRPC takes its frames from the outbox on a thread of its own."""
 
+    pulls = True
+
     def __init__(
         self, peer: str, address: str, incoming: Iterator[bytes], outbox: Outbox, cancel: Callable[[], Any]
     ) -> None:
@@ -72,6 +74,9 @@ class _GrpcConnection(Connection):
 
     def write(self, frame: Frame, lane: Lane = Lane.URGENT) -> None:
         self._outbox.put(frame, lane)
+
+    def offer(self, source: Source) -> None:
+        self._outbox.offer(source)
 
     def close(self) -> None:
         self._outbox.close("closed here", drop=False)

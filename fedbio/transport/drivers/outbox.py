@@ -7,7 +7,7 @@ __all__ = ["Outbox"]
 import collections
 import threading
 
-from fedbio.transport.drivers.base import ConnectionClosed, Lane
+from fedbio.transport.drivers.base import ConnectionClosed, Lane, Source
 from fedbio.transport.frames import Frame
 
 BULK_FRAMES = 2
@@ -24,11 +24,14 @@ LINGER_S = 0.0005
 
 
 class Outbox:
-    """Urgent frames leave first and together, lazy ones with the next, bulk frames wait for their turn."""
+    """Urgent frames leave first and together, lazy ones with the next, bulk frames and sources of them take turns."""
 
     def __init__(self) -> None:
         self._urgent: collections.deque[Frame] = collections.deque()
         self._bulk: collections.deque[Frame] = collections.deque()
+        self._sources: collections.deque[Source] = collections.deque()
+        self._bulk_is_next = True
+        """Whether it is the turn of the queue and not of the sources, where there are both."""
         self._lock = threading.Lock()
         self._filled = threading.Condition(self._lock)
         self._drained = threading.Condition(self._lock)
@@ -57,6 +60,15 @@ class Outbox:
             self._hurry = self._hurry or lane is not Lane.LAZY
             self._filled.notify()
 
+    def offer(self, source: Source) -> None:
+        """Ask a source for frames, in turn with the others, until it gives None."""
+        with self._lock:
+            if self._reason is not None:
+                raise ConnectionClosed(self._reason)
+            self._sources.append(source)
+            self._hurry = True
+            self._filled.notify()
+
     def claim(self) -> bool:
         """Return whether the caller may send a frame by itself, past an empty queue; it must `release` then.
 
@@ -81,6 +93,17 @@ class Outbox:
 
         Small frames that are ready together leave together: a message costs the link far more than its bytes do.
         """
+        while True:
+            taken = self._take()
+            if not callable(taken):
+                return taken
+            frame = taken()
+            if frame is not None:
+                with self._lock:
+                    self._sources.append(taken)
+                return [frame]
+
+    def _take(self) -> list[Frame] | Source | None:
         with self._lock:
             if self._taken:
                 self._sending = self._taken = False
@@ -88,19 +111,22 @@ class Outbox:
             if not self._hurry and self._reason is None:
                 self._filled.wait(LINGER_S)
                 self._wait_for_frames()  # those that were there may have been dropped
-            if not self._urgent and not self._bulk:
+            if not (self._urgent or self._bulk or self._sources):
                 return None
             self._sending = self._taken = True
-            self._hurry = bool(self._bulk)
+            self._hurry = bool(self._bulk or self._sources)
             if self._urgent:
                 return self._join_urgent()
+            self._bulk_is_next = not self._bulk_is_next
+            if self._sources and (self._bulk_is_next or not self._bulk):
+                return self._sources.popleft()
             frame = self._bulk.popleft()
             self._drained.notify()
-            self._hurry = bool(self._bulk)
+            self._hurry = bool(self._bulk or self._sources)
             return [frame]
 
     def _wait_for_frames(self) -> None:
-        while self._sending or not (self._urgent or self._bulk or self._reason is not None):
+        while self._sending or not (self._urgent or self._bulk or self._sources or self._reason is not None):
             self._filled.wait()
 
     def _join_urgent(self) -> list[Frame]:
@@ -121,5 +147,6 @@ class Outbox:
         if drop:
             self._urgent.clear()
             self._bulk.clear()
+            self._sources.clear()
         self._filled.notify_all()
         self._drained.notify_all()
