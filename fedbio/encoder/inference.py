@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-__all__ = ["Inference", "choose_device", "choose_dtype"]
+__all__ = ["Inference", "Pooling", "choose_device", "choose_dtype"]
 
 import logging
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor
 
 from fedbio.encoder.alphabet import ALPHABETS
+from fedbio.encoder.linear import use_arithmetic
 from fedbio.encoder.network import Encoder
 from fedbio.encoder.packs import ENDS, Plan
 from fedbio.errors import MachineError, SettingsError
 from fedbio.weights import EncoderConfig, Weights
 
 log = logging.getLogger(__name__)
+
+Pooling = Literal["mean", "max", "start", "residues"]
+"""How the vectors of a protein's residues become its embedding."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -46,18 +51,28 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Turn ``"auto"``, ``"float32"`` or ``"bfloat16"`` into the arithmetic of the linear maps and of attention.
+    """Turn ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"int8"`` into the arithmetic of the encoder.
 
     Notes
     -----
     ``"auto"`` takes bfloat16 only where the hardware multiplies it; elsewhere it is emulated, ten times slower.
+    ``torch.int8`` means that linear maps multiply bytes, and all else is computed as ``"auto"`` would have it.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such arithmetic, or not on this device.
     """
     if name == "float32":
         return torch.float32
     if name == "bfloat16":
         return torch.bfloat16
+    if name == "int8":
+        if device.type != "cpu":
+            raise SettingsError(f"dtype 'int8': only a CPU computes it, not {device}; use bfloat16")
+        return torch.int8
     if name != "auto":
-        raise SettingsError(f"dtype {name!r}: expected auto, float32 or bfloat16")
+        raise SettingsError(f"dtype {name!r}: expected auto, float32, bfloat16 or int8")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     able = torch.cpu.get_capabilities()
@@ -65,7 +80,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 class Inference:
-    """An encoder on its device, ready to turn pieces of proteins into sums over their residues.
+    """An encoder on its device, ready to turn pieces of proteins into vectors.
 
     Parameters
     ----------
@@ -75,6 +90,15 @@ class Inference:
         See `choose_device` and `choose_dtype`.
     threads : int, optional
         CPU threads; by default as many as this process may use.
+    pooling : {"mean", "max", "start", "residues"}
+        What becomes of the vectors of a piece's residues, see `pack`.
+    layer : int, optional
+        After how many layers to stop, 0 for the embedding alone; by default after all of them and the final norm.
+
+    Raises
+    ------
+    SettingsError
+        If the encoder does not have so many layers.
     """
 
     def __init__(
@@ -85,9 +109,14 @@ class Inference:
         device: torch.device,
         dtype: torch.dtype,
         threads: int | None = None,
+        pooling: Pooling = "mean",
+        layer: int | None = None,
     ) -> None:
+        if layer is not None and not 0 <= layer <= config.layers:
+            raise SettingsError(f"layer {layer}: {config.name} has layers 0 to {config.layers}")
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
         self.config, self.device, self.dtype = config, device, dtype
+        self.pooling, self.layer = pooling, layer
         self._alphabet = ALPHABETS[config.alphabet]
         with torch.device("meta"):
             network = Encoder(config)
@@ -95,10 +124,8 @@ class Inference:
             {name: torch.from_numpy(tensor) for name, tensor in weights.items() if not name.startswith("lm_head.")},
             assign=True,
         )
-        for module in network.modules():
-            if isinstance(module, nn.Linear):
-                module.to(dtype)  # norms, tables and the residual stream stay float32
-        self._network = network.to(device).requires_grad_(False).eval()
+        # norms, tables and the residual stream stay float32
+        self._network = use_arithmetic(network.requires_grad_(False).eval(), dtype).to(device)
 
     def pack(self, sequences: Sequence[bytes], plan: Plan, number: int) -> NDArray[np.float32]:
         """Embed the pieces of one pack.
@@ -113,8 +140,9 @@ class Inference:
 
         Returns
         -------
-        ndarray, shape (pieces of the pack, D), float32
-            For each piece the sum over the residues that count.
+        ndarray, shape (n, D), float32
+            For each piece the sum over the residues that count (mean) or their maximum (max) or the vector of the start
+            token (start); or the vectors of all residues that count, piece after piece (residues).
         """
         return self._span(sequences, plan, int(plan.packs[number]), int(plan.packs[number + 1]))
 
@@ -147,10 +175,35 @@ class Inference:
         changes = np.flatnonzero(np.diff(lengths, prepend=0))
         counts = np.diff(changes, append=len(lengths))
         runs = list(zip(counts.tolist(), lengths[changes].tolist(), strict=True))
-        hidden = self._network(torch.from_numpy(tokens).to(self.device), runs)  # (T, D)
-        # start token and left context, residues that count, right context and end token: every third sum is wanted
-        pooled = plan.pool_end[first:last] - plan.pool_begin[first:last]
+        hidden = self._network(torch.from_numpy(tokens).to(self.device), runs, self.layer)  # (T, D)
+        counted = plan.pool_end[first:last] - plan.pool_begin[first:last]
         before = plan.pool_begin[first:last] - begin + 1
-        parts = np.stack([before, pooled, lengths - before - pooled], axis=1).reshape(-1)
-        sums = torch.segment_reduce(hidden, "sum", lengths=torch.from_numpy(parts).to(self.device), axis=0)[1::3]
-        return sums.cpu().numpy()
+        return pool(hidden, lengths, before, counted, self.pooling).cpu().numpy()
+
+
+def pool(
+    hidden: Tensor, lengths: NDArray[np.int64], before: NDArray[np.int64], counted: NDArray[np.int64], pooling: Pooling
+) -> Tensor:
+    """Turn the vectors of tokens into those of pieces.
+
+    Parameters
+    ----------
+    hidden : Tensor, shape (T, D), float32
+    lengths, before, counted : ndarray, shape (pieces,), int64
+        Tokens of each piece; how many of them stand before the residues that count; how many residues count.
+    pooling : {"mean", "max", "start", "residues"}
+
+    Returns
+    -------
+    Tensor, shape (pieces, D) or (sum of counted, D), float32
+        See `Inference.pack`.
+    """
+    if pooling == "start":
+        return hidden[torch.from_numpy(np.cumsum(lengths) - lengths).to(hidden.device)]
+    # start token and left context, residues that count, right context and end token: every second of three is wanted
+    parts = np.stack([before, counted, lengths - before - counted], axis=1).reshape(-1)
+    if pooling == "residues":
+        wanted = np.repeat(np.resize([False, True, False], len(parts)), parts)
+        return hidden[torch.from_numpy(np.flatnonzero(wanted)).to(hidden.device)]
+    how = "sum" if pooling == "mean" else "max"
+    return torch.segment_reduce(hidden, how, lengths=torch.from_numpy(parts).to(hidden.device), axis=0)[1::3]

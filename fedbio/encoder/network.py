@@ -80,7 +80,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.ffn, config.width)
 
     def forward(self, x: Tensor, runs: Runs) -> Tensor:  # (T, D) -> (T, D)
-        dtype = self.qkv.weight.dtype
+        dtype = getattr(self.qkv, "dtype", self.qkv.weight.dtype)
         h = self.attention_norm(x).to(dtype)  # (T, D)
         x = x + self.out(self.attention(self.qkv(h), runs))  # (T, D)
         h = self.ffn_norm(x).to(dtype)  # (T, D)
@@ -136,7 +136,7 @@ class Encoder(nn.Module):
         if head:
             self.lm_head = LanguageModelHead(config)
 
-    def forward(self, tokens: Tensor, runs: Runs) -> Tensor:
+    def forward(self, tokens: Tensor, runs: Runs, layer: int | None = None) -> Tensor:
         """Encode a pack.
 
         Parameters
@@ -145,11 +145,13 @@ class Encoder(nn.Module):
             Proteins end to end, each with its start and end token.
         runs : sequence of (int, int)
             See `Runs`; the lengths times the counts sum up to T.
+        layer : int, optional
+            Stop after so many layers, 0 for the embedding alone.
 
         Returns
         -------
         Tensor, shape (T, D), float32
-            Output of the last layer after the final norm.
+            Output of the last layer after the final norm, or that of an earlier one as it is.
         """
         longest = max(length for _, length in runs)
         if longest > self.config.max_tokens:
@@ -160,9 +162,12 @@ class Encoder(nn.Module):
             x = x + self.positions(torch.cat([steps[:length].repeat(count) for count, length in runs]))  # (T, D)
         if self.config.embedding_norm:
             x = self.embedding_norm(x)
-        for layer in self.layers:
-            x = layer(x, runs)
-        return self.final_norm(x)  # type: ignore[no-any-return]
+        last = len(self.layers) if layer is None else layer
+        for block in self.layers[:last]:
+            x = block(x, runs)
+        if last == len(self.layers):
+            x = self.final_norm(x)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score every token of the vocabulary, (T, D) -> (T, V)."""

@@ -46,7 +46,7 @@ def test_a_missing_device_is_this_machines_matter() -> None:
 
 
 def test_an_unknown_dtype_is_refused() -> None:
-    with pytest.raises(SettingsError, match="dtype 'float16': expected auto, float32 or bfloat16"):
+    with pytest.raises(SettingsError, match="dtype 'float16': expected auto, float32, bfloat16 or int8"):
         choose_dtype("float16", CPU)
 
 
