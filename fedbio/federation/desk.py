@@ -354,6 +354,8 @@ class Desk:
         finally:
             with self._changed:
                 self._open.pop(task.id, None)
+            if payload is not None:
+                payload.cancel()  # who has not had all of it yet is not waited for any more
         results = [open_task.results[site] for site in sorted(open_task.results)]
         why = self._why_missing(open_task)
         self._events.write(

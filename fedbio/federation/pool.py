@@ -36,7 +36,7 @@ from fedbio.federation.pool_messages import (
 )
 from fedbio.federation.pool_process import PoolProcess
 from fedbio.transport import FilePayload, MemorySink, Opening, Payload, Presence, Received, ReceivedPayload, TensorSink
-from fedbio.transport.incoming import Agreed, SinkFactory
+from fedbio.transport.receiver import Agreed, SinkFactory
 
 log = logging.getLogger(__name__)
 

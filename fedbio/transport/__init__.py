@@ -42,11 +42,11 @@ __all__ = [
 
 from fedbio.transport.credentials import Credentials, Unencrypted
 from fedbio.transport.endpoint import Presence
-from fedbio.transport.incoming import Received
 from fedbio.transport.limits import Limits
 from fedbio.transport.metering import Progress
 from fedbio.transport.outgoing import SendReceipt
 from fedbio.transport.payloads import BlobPayload, BytesPayload, FilePayload, ObjectPayload, Payload, TensorPayload
+from fedbio.transport.receiver import Received
 from fedbio.transport.server import ServerEndpoint
 from fedbio.transport.sinks import (
     ConsumerSink,

@@ -16,9 +16,9 @@ from typing import Self
 
 import numpy as np
 
-from fedbio.transport.incoming import Agreed, Received, SinkFactory
 from fedbio.transport.limits import Limits
 from fedbio.transport.metering import OnProgress
+from fedbio.transport.receiver import Agreed, Received, SinkFactory
 from fedbio.transport.session import Session
 from fedbio.transport.spool import sweep
 from fedbio.transport.workers import Workers

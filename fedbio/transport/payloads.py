@@ -23,11 +23,12 @@ __all__ = [
     "TensorPayload",
 ]
 
+import contextlib
 import itertools
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,6 +67,30 @@ class Payload(ABC):
         self._lock = threading.Lock()
         self._shared: SharedChunks | None = None
         self._digest: bytes | None = None
+        self._cancelled = False
+        self._watchers: list[Callable[[], None]] = []
+
+    def cancel(self) -> None:
+        """End every `send` of this payload that is under way, or is still to come, with a `TransportError`."""
+        with self._lock:
+            self._cancelled = True
+            watchers = list(self._watchers)
+        for each in watchers:
+            each()
+
+    @contextlib.contextmanager
+    def watched(self, cancelled: Callable[[], None]) -> Iterator[None]:
+        """Have `cancelled` called, on any thread, if the payload is cancelled meanwhile or was so before."""
+        with self._lock:
+            self._watchers.append(cancelled)
+            late = self._cancelled
+        if late:
+            cancelled()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watchers.remove(cancelled)
 
     @abstractmethod
     def chunks(self, start: int = 0) -> Iterator[memoryview]:

@@ -17,11 +17,11 @@ from fedbio.transport import drivers, handshake
 from fedbio.transport.credentials import Identity
 from fedbio.transport.drivers import Connection, ConnectionClosed
 from fedbio.transport.endpoint import DEFAULTS, Endpoint, Presence
-from fedbio.transport.incoming import Agreed, Received, SinkFactory
 from fedbio.transport.limits import Limits
 from fedbio.transport.metering import OnProgress
 from fedbio.transport.outgoing import SendReceipt
 from fedbio.transport.payloads import Payload
+from fedbio.transport.receiver import Agreed, Received, SinkFactory
 from fedbio.transport.session import Session
 
 log = logging.getLogger(__name__)

@@ -26,11 +26,11 @@ from fedbio.errors import PeerUnreachable, ProtocolError, TransportError
 from fedbio.transport import wire
 from fedbio.transport.drivers import Connection, ConnectionClosed, Lane
 from fedbio.transport.frames import MAX_PAYLOAD_BYTES, Frame, Kind, make
-from fedbio.transport.incoming import Agreed, Received, Receiver, SinkFactory
 from fedbio.transport.limits import MAX_BODY_BYTES, Limits
 from fedbio.transport.metering import Meter, OnProgress
 from fedbio.transport.outgoing import Outgoing, SendReceipt
 from fedbio.transport.payloads import Payload, Reader
+from fedbio.transport.receiver import Agreed, Received, Receiver, SinkFactory
 from fedbio.transport.wire import MAX_TOPIC
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,10 @@ MOST_FRUITLESS = 8
 """Connections in a row that an error may end before anything has moved; the session is given up then."""
 
 MOVING = (Kind.CHUNK, Kind.END, Kind.CREDIT, Kind.ACCEPTED, Kind.REJECTED)
+
+
+class _Cancelled(TransportError):
+    """The sender does not want it to arrive any more."""
 
 
 class Session:
@@ -214,6 +218,7 @@ class Session:
                     stream, outgoing = self._begin(Kind.OPEN, wire.pack(opening), resumable=transfer is not None)
                     meter = Meter(self._on_progress, self.peer, topic, outgoing=True, total=payload.size)
                     frames = _frames(stream, opening, reader, meter)
+                    stack.enter_context(payload.watched(lambda: outgoing.finish(_Cancelled("cancelled here"))))
                     outgoing.run(frames, reader, deadline, waits=payload.waits)
                     size = len(body) + reader.bytes
                     meter.report()
@@ -221,6 +226,7 @@ class Session:
                 self._forget(stream, cancel=True)
                 raise PeerUnreachable(f"{self.peer}: {topic} was not delivered: {error}") from error
             except TransportError as error:
+                self._forget(stream, cancel=isinstance(error, _Cancelled))
                 raise TransportError(f"{self.peer}: {topic} was {error}") from error
             except BaseException:
                 self._forget(stream, cancel=True)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from fedbio.errors import FederationError, PeerUnreachable
+from fedbio.errors import FederationError, PeerUnreachable, TransportError
 from fedbio.federation import FLModel, Result, Task
 from fedbio.federation.acceptance import Expectation
 from fedbio.federation.desk import Desk
 from fedbio.federation.messages import Join
 from fedbio.federation.model import decode
 from fedbio.results import EventLog
+from fedbio.transport import MemorySink, ServerEndpoint, SiteEndpoint, Unencrypted
 
 ANYTHING = Expectation()
 
@@ -130,6 +133,61 @@ def test_task_is_pushed_again_when_a_site_comes_back(desk: Desk, mail: Mail) -> 
     thread.join(10)
     assert found[0][0].site == "site-1"
     assert mail.sent == [("site-1", "1"), ("site-1", "1")]
+
+
+def test_closed_task_is_sent_no_further(tmp_path: Path) -> None:
+    """A site that takes the model in slowly does not hold up what comes after the round."""
+    reading, opened, cancelled = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(MemorySink):
+        waits = True
+
+        def write(self, chunk: memoryview) -> None:
+            opened.set()
+            reading.wait(20)
+            super().write(chunk)
+
+        def suspend(self) -> None:
+            cancelled.set()
+            super().suspend()
+
+    name = Unencrypted("server"), Unencrypted("site-1")
+    server = ServerEndpoint("127.0.0.1:0", name[0], spool=tmp_path, on_message=print, driver="memory")
+    site = SiteEndpoint(
+        server.address,
+        name[1],
+        spool=tmp_path,
+        on_message=print,
+        driver="memory",
+        sinks={"task": lambda opening: Slow(opening.size)},
+    )
+    posted: list[BaseException] = []
+
+    def post(to: str, body: bytes, payload: Any) -> None:
+        try:
+            server.send(to, "task", body, payload)
+        except TransportError as error:
+            posted.append(error)
+            raise
+
+    events = EventLog(tmp_path, "server")
+    with server, site:
+        desk = Desk(["site-1"], post, events)
+        desk.joined("site-1", Join(version="0"))
+        model = FLModel(params={"weight": np.zeros(5 << 20, np.float32)})
+        thread, found = ask(desk, Task(name="train", model=model, job="study"), ["site-1"], deadline_s=20.0)
+        assert opened.wait(10)
+        desk.interrupt("study", FederationError("aborted"))
+        thread.join(10)
+        assert str(found[0]) == "aborted"
+        desk.close()
+        deadline = time.monotonic() + 10
+        while not posted and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "cancelled" in str(posted[0])
+        reading.set()
+        assert cancelled.wait(10)
+    events.close()
 
 
 def test_deadline_with_enough_results_goes_on_and_without_names_the_missing(desk: Desk, mail: Mail) -> None:

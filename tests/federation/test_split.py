@@ -30,7 +30,7 @@ from fedbio.federation.split_site import SplitSite
 from fedbio.settings import JobsFile
 from fedbio.tensors import open_file
 from fedbio.transport import Opening, Received
-from fedbio.transport.incoming import Receiver
+from fedbio.transport.receiver import Receiver
 from fedbio.transport.objects import Announcement, object_chunks
 
 BOTTOM, TOP = "site-1", "site-2"

@@ -43,6 +43,7 @@ from fedbio.transport import (
     incoming,
     objects,
     payloads,
+    receiver,
     session,
     sinks,
     spool,
@@ -109,11 +110,11 @@ CONVERSATIONS: dict[str, list[Script]] = {
 def small_chunks() -> Iterator[None]:
     """Let chunks be of 1 KiB, and all that is larger travel in chunks, so that a conversation of many costs little."""
     modules = (incoming, objects, payloads, sinks, spool)
-    before = objects.CHUNK_BYTES, session.INLINE_BYTES, objects.FLUSH_BYTES, spool.PATIENCE_S, incoming.Workers
+    before = objects.CHUNK_BYTES, session.INLINE_BYTES, objects.FLUSH_BYTES, spool.PATIENCE_S, receiver.Workers
     for module in modules:
         module.CHUNK_BYTES = CHUNK  # type: ignore[attr-defined]
     session.INLINE_BYTES, objects.FLUSH_BYTES, spool.PATIENCE_S = 256, 64, 0.01
-    incoming.Workers = Pool  # type: ignore[misc, assignment]
+    receiver.Workers = Pool  # type: ignore[misc, assignment]
     failures = _Failures()
     logging.getLogger("fedbio.transport").addHandler(failures)
     try:
@@ -122,7 +123,7 @@ def small_chunks() -> Iterator[None]:
         logging.getLogger("fedbio.transport").removeHandler(failures)
         for module in modules:
             module.CHUNK_BYTES = before[0]  # type: ignore[attr-defined]
-        session.INLINE_BYTES, objects.FLUSH_BYTES, spool.PATIENCE_S, incoming.Workers = before[1:]  # type: ignore[misc]
+        session.INLINE_BYTES, objects.FLUSH_BYTES, spool.PATIENCE_S, receiver.Workers = before[1:]  # type: ignore[misc]
         Pool.close_all()
 
 

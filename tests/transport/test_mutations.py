@@ -35,8 +35,8 @@ from fedbio.transport.frames import (
     make,
     payload_bytes,
 )
-from fedbio.transport.incoming import Receiver
 from fedbio.transport.outgoing import Outgoing
+from fedbio.transport.receiver import Receiver
 
 from . import fuzzing
 from .fuzzing import BLOB, CONVERSATIONS, FILE, MODEL, NOTE, STREAM, Judge, Verdict, small_chunks

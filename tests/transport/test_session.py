@@ -33,7 +33,7 @@ from fedbio.transport.drivers import Connection, ConnectionClosed, Lane, load
 from fedbio.transport.drivers.base import Source
 from fedbio.transport.drivers.outbox import LINGER_S, Outbox
 from fedbio.transport.frames import Frame, Kind, make
-from fedbio.transport.incoming import REMEMBERED, SinkFactory
+from fedbio.transport.receiver import REMEMBERED, SinkFactory
 from fedbio.transport.session import MOST_FRUITLESS, Session
 
 from .conftest import Inbox, eventually
@@ -422,6 +422,26 @@ def test_error_while_a_chunk_is_pulled_reaches_the_sender(hold: Callable[..., He
     eventually(lambda: outcome)
     assert str(outcome[0]) == "what follows is damaged"
     assert [connection.hear().kind for _ in range(2)] == [Kind.OPEN, Kind.CANCEL]
+
+
+@pytest.mark.parametrize("kind", [Script, Pulling])
+def test_cancelled_payload_ends_what_is_under_way_and_what_is_to_come(
+    hold: Callable[..., Held], kind: type[Script]
+) -> None:
+    held = hold()
+    connection = held.carry(window=1, kind=kind)
+    payload = BlobPayload(bytes(3 * MIB))
+    outcome = held.send("model", b"", payload)
+    assert connection.hear().kind == Kind.OPEN
+    time.sleep(0.05)
+    assert not outcome
+    payload.cancel()
+    eventually(lambda: outcome)
+    assert str(outcome[0]) == "peer: model was cancelled here"
+    assert Kind.CANCEL in (connection.hear().kind, connection.hear().kind if kind is Script else None)
+    later = held.send("model", b"", payload)
+    eventually(lambda: later)
+    assert str(later[0]) == "peer: model was cancelled here"
 
 
 def test_sources_and_queued_frames_take_turns_behind_urgent_ones() -> None:
