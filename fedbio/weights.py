@@ -9,6 +9,7 @@ __all__ = [
     "EncoderConfig",
     "Weights",
     "check_shapes",
+    "head_shapes",
     "inference_shapes",
     "read_config",
     "read_weights",
@@ -31,12 +32,18 @@ from safetensors.numpy import save_file
 
 from fedbio.errors import DataError, FormatError
 from fedbio.files import whole_file, write_whole
+from fedbio.vocabularies import VOCABULARIES, VOCABULARY_FILE, check_vocabulary, read_pieces
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+_MAX_CONFIG_BYTES = 1 << 20
 
 Weights = dict[str, NDArray[np.float32]]
-_Count = Annotated[int, msgspec.Meta(ge=1)]
+# the upper ends are far beyond any encoder of proteins; they keep a hostile configuration from filling the memory
+_Layers = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+_Heads = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+_Width = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+_Rows = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 
 class EncoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,12 +77,12 @@ class EncoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     version: Literal[1] = 1
     name: str = "esm1nv-44m"
     trained: bool = True
-    layers: _Count = 6
-    heads: _Count = 12
-    width: _Count = 768
-    ffn: _Count = 3072
-    vocabulary: _Count = 128
-    max_tokens: Annotated[int, msgspec.Meta(ge=3)] = 512
+    layers: _Layers = 6
+    heads: _Heads = 12
+    width: _Width = 768
+    ffn: _Rows = 3072
+    vocabulary: _Rows = 128
+    max_tokens: Annotated[int, msgspec.Meta(ge=3, le=1 << 20)] = 512
     alphabet: Literal["esm1nv", "esm"] = "esm1nv"
     positions: Literal["learned", "rotary"] = "learned"
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
@@ -85,6 +92,8 @@ class EncoderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def __post_init__(self) -> None:
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} is not a multiple of twice the number of heads, {self.heads}")
+        if self.vocabulary < len(VOCABULARIES[self.alphabet].pieces):
+            raise ValueError(f"a token table of {self.vocabulary} rows is too small for the alphabet {self.alphabet!r}")
 
     @property
     def max_residues(self) -> int:
@@ -118,6 +127,18 @@ def inference_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
     for name, shape in linears.items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return dict(sorted(shapes.items()))
+
+
+def head_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the language-model head, sorted by name; it shares the token table."""
+    width = config.width
+    return {
+        "lm_head.bias": (config.vocabulary,),
+        "lm_head.dense.bias": (width,),
+        "lm_head.dense.weight": (width, width),
+        "lm_head.norm.bias": (width,),
+        "lm_head.norm.weight": (width,),
+    }
 
 
 def weights_digest(weights: Mapping[str, NDArray[np.float32]]) -> str:
@@ -154,6 +175,8 @@ def read_config(folder: str | os.PathLike[str]) -> EncoderConfig:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise FormatError(f"{path}: not found; an encoder folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise FormatError(f"{path}: larger than the {_MAX_CONFIG_BYTES:,} bytes that a configuration may have")
     try:
         return msgspec.json.decode(path.read_bytes(), type=EncoderConfig)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -163,12 +186,22 @@ def read_config(folder: str | os.PathLike[str]) -> EncoderConfig:
 def read_weights(folder: str | os.PathLike[str]) -> tuple[EncoderConfig, Weights]:
     """Read an encoder folder: its architecture, and all tensors of its weights file, checked against each other.
 
+    A folder of an older release has no ``vocab.txt``; where there is one, it must be that of the alphabet.
+
     Raises
     ------
     FormatError
         If a file is missing or damaged, or a tensor is missing, of another shape, or not float32.
     """
     config = read_config(folder)
+    vocabulary = Path(folder) / VOCABULARY_FILE
+    if vocabulary.is_file():
+        found = check_vocabulary(read_pieces(vocabulary), where=str(vocabulary))
+        if found != config.alphabet:
+            raise FormatError(
+                f"{vocabulary}: the tokens of {found!r}, but {CONFIG_FILE} says {config.alphabet!r}; "
+                "get the folder again, the two files are not of one encoder"
+            )
     path = Path(folder) / WEIGHTS_FILE
     try:
         with safe_open(path, framework="np") as file:
@@ -190,6 +223,8 @@ def check_shapes(weights: Mapping[str, NDArray[Any]], config: EncoderConfig, *, 
         Naming the first tensor that is missing, unknown, of another shape or not float32.
     """
     expected = inference_shapes(config)
+    if any(name.startswith("lm_head.") for name in weights):
+        expected |= head_shapes(config)
     for name, shape in expected.items():
         found = weights.get(name)
         if found is None:
@@ -200,12 +235,15 @@ def check_shapes(weights: Mapping[str, NDArray[Any]], config: EncoderConfig, *, 
                 f"found {found.dtype} of shape {list(found.shape)}"
             )
     for name in weights:
-        if name not in expected and not name.startswith("lm_head."):
+        if name not in expected:
             raise FormatError(f"{where}: tensor {name!r} is not part of {config.name}")
 
 
 def write_weights(folder: str | os.PathLike[str], config: EncoderConfig, weights: Weights) -> None:
-    """Write an encoder folder that `read_weights` reads; each of its two files appears whole.
+    """Write an encoder folder that `read_weights` reads; each of its files appears whole.
+
+    Besides weights and architecture the folder gets ``vocab.txt``, so that another tool knows what the rows of the
+    token table stand for.
 
     Raises
     ------
@@ -219,4 +257,5 @@ def write_weights(folder: str | os.PathLike[str], config: EncoderConfig, weights
         raise DataError(str(error)) from error
     with whole_file(target / WEIGHTS_FILE) as beside:
         save_file({name: np.ascontiguousarray(tensor) for name, tensor in weights.items()}, beside)
+    write_whole(target / VOCABULARY_FILE, VOCABULARIES[config.alphabet].text)
     write_whole(target / CONFIG_FILE, msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")

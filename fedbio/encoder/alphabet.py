@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbio.errors import DataError
+from fedbio.vocabularies import VOCABULARIES
 
 _UNKNOWN = 255
 
@@ -56,21 +57,8 @@ class Alphabet:
         return numbers
 
 
-def _alphabet(text: str, *, start: str, end: str) -> Alphabet:
-    pieces = tuple(text.split())
-    return Alphabet(pieces, pieces.index(start), pieces.index(end))
-
-
 ALPHABETS = {
-    # BioNeMo 1.10, tokenizers/protein/esm1nv/vocab/protein_sequence.vocab
-    "esm1nv": _alphabet(
-        "<unk> <s> </s> <pad> <mask> L A S G V E R T I D P K N F Q Y H M C W X B Z U O", start="<s>", end="</s>"
-    ),
-    # fair-esm 2.0.0, Alphabet.from_architecture("ESM-1b")
-    "esm": _alphabet(
-        "<cls> <pad> <eos> <unk> L A G V S E R T I D P K Q N F Y M H W C X B U Z O . - <null_1> <mask>",
-        start="<cls>",
-        end="<eos>",
-    ),
+    name: Alphabet(known.pieces, known.pieces.index(known.start), known.pieces.index(known.end))
+    for name, known in VOCABULARIES.items()
 }
 """Alphabets by the name that `EncoderConfig.alphabet` gives."""

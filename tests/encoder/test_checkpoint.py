@@ -140,7 +140,7 @@ def test_a_file_that_runs_code_is_refused(tmp_path: Path) -> None:
         ({"model": {}, "args": argparse.Namespace(arch="msa_transformer")}, "of architecture 'msa_transformer'"),
         ({"model": {}}, "of architecture None; ESM-2, ESM-1b and ESM-1v are read"),
         ({"model": {}, "cfg": {}}, "the checkpoint lacks 'model'"),
-        ({"model": {}, "cfg": {"model": argparse.Namespace()}}, "the checkpoint lacks 'encoder_layers'"),
+        ({"model": {}, "cfg": {"model": argparse.Namespace()}}, "the checkpoint lacks 'embed_dim'"),
     ],
 )
 def test_other_torch_files_are_refused(tmp_path: Path, content: Any, message: str) -> None:
