@@ -1,4 +1,4 @@
-"""The server's desk: who is here, which tasks are out, and which answers have come.
+"""The server's desk: which tasks are out, and which answers have come.
 
 Transport threads report to the desk (`connected`, `joined`, `answered`); a controller asks it (`ask`) and waits. A
 task is pushed to each site at once, and again when a site comes back before it has answered. A site's answer to a
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 __all__ = ["Desk", "Post"]
 
-import collections
 import logging
 import threading
 import time
@@ -20,6 +19,7 @@ import msgspec
 
 from fedbio.errors import FedbioError, FederationError, PeerUnreachable, ProtocolError, TransportError
 from fedbio.federation.acceptance import Expectation
+from fedbio.federation.attendance import SAY_EVERY_S, Attendance
 from fedbio.federation.messages import Join
 from fedbio.federation.model import Result, Status, Task, encode
 from fedbio.federation.model_file import FileModel, ModelFilePayload
@@ -29,12 +29,6 @@ from fedbio.transport import Payload
 from fedbio.transport.workers import Workers
 
 log = logging.getLogger(__name__)
-
-SAY_EVERY_S = 10.0
-"""Seconds between two lines that say who is waited for."""
-
-GATHER_S = 10.0
-"""Once enough sites are here, seconds in which the other expected ones may still come before a job begins."""
 
 SENDERS = 16
 """The most sites that are sent to at the same time."""
@@ -47,14 +41,6 @@ SEND_TRIES = 3
 
 Post = Callable[[str, bytes, Payload | None], None]
 """Sends a task to a site: its name, the body, the payload; blocks until the site has it all, or raises."""
-
-
-@dataclass(slots=True)
-class _Presence:
-    here: bool = False
-    lost: bool = False
-    since: float = field(default_factory=time.monotonic)
-    join: Join = field(default_factory=lambda: Join(version=""))
 
 
 @dataclass(slots=True)
@@ -89,13 +75,12 @@ class Desk:
         self.expected = tuple(sorted(expected))
         self.min_sites = min_sites
         self._post, self._events = post, events
-        self._sites = {name: _Presence() for name in self.expected}
         self._open: dict[str, _OpenTask] = {}
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
+        self.attendance = Attendance(self.expected, events, self._changed)
         self._interrupted: dict[str, FedbioError] = {}
         self._senders = Workers("push", most=SENDERS)
         self._packer = Packer()
-        self._arrivals: collections.Counter[str] = collections.Counter()
 
     def close(self) -> None:
         """Stop sending."""
@@ -106,44 +91,23 @@ class Desk:
     def joined(self, site: str, join: Join) -> None:
         """A site's process has presented itself; push it whatever it still has to answer."""
         with self._changed:
-            self._sites[site] = _Presence(here=True, join=join)
-            self._arrivals[site] += 1
+            self.attendance.joined(site, join)
             for each in self._open.values():
                 each.delivered.discard(site)
-            self._changed.notify_all()
-        self._events.write("site joined", site=site, version=join.version)
-        log.info("site joined site=%s", site)
         self._push_open(site)
 
     def lost(self, site: str) -> None:
         """A site's connection has ended or fallen silent; its process may come back."""
-        self._leaves(site, "site lost", lost=True)
+        self.attendance.leaves(site, lost=True)
 
     def back(self, site: str) -> None:
         """The same process is here again; what was under way to it goes on by itself."""
-        with self._changed:
-            presence = self._sites.get(site)
-            if presence is None or not presence.lost:
-                return
-            presence.here, presence.lost, presence.since = True, False, time.monotonic()
-            self._changed.notify_all()
-        self._events.write("site back", site=site)
-        self._push_open(site)
+        if self.attendance.back(site):
+            self._push_open(site)
 
     def gone(self, site: str) -> None:
         """A site's process has left, or was not back in time."""
-        self._leaves(site, "site gone", lost=False)
-
-    def _leaves(self, site: str, event: str, *, lost: bool) -> None:
-        with self._changed:
-            presence = self._sites.get(site)
-            if presence is None or not (presence.here or presence.lost):
-                return
-            if presence.here:
-                presence.since = time.monotonic()
-            presence.here, presence.lost = False, lost
-            self._changed.notify_all()
-        self._events.write(event, site=site)
+        self.attendance.leaves(site, lost=False)
 
     def _push_open(self, site: str) -> None:
         with self._changed:
@@ -223,21 +187,6 @@ class Desk:
 
     # what a controller asks
 
-    def sites(self, job: str = "") -> tuple[str, ...]:
-        """Return the sites that are here and take part in a job, sorted by name."""
-        with self._changed:
-            return tuple(name for name, site in self._sites.items() if site.here and _takes(site, job))
-
-    def allows(self, site: str, kind: str) -> bool:
-        """Whether a site said that it takes tasks of a kind."""
-        with self._changed:
-            return kind in self._sites[site].join.allow
-
-    def arrivals(self, site: str) -> int:
-        """Return how many processes of a site have presented themselves: a new one knows nothing of the last one's."""
-        with self._changed:
-            return self._arrivals[site]
-
     def interrupt(self, job: str, error: FedbioError) -> None:
         """Have whoever waits here for a job, now or later, get an error."""
         with self._changed:
@@ -252,52 +201,6 @@ class Desk:
     def _check(self, job: str) -> None:
         if job in self._interrupted:
             raise self._interrupted[job]
-
-    def needed(self, asked: int) -> int:
-        """Return how many of `asked` sites have to answer."""
-        return asked if self.min_sites is None else min(self.min_sites, asked)
-
-    def wait_for_sites(
-        self,
-        job: str,
-        *,
-        deadline_s: float,
-        gather_s: float = GATHER_S,
-        expected: Sequence[str] | None = None,
-        min_sites: int | None = None,
-    ) -> tuple[str, ...]:
-        """Wait until enough sites are here, and a little longer for the rest of them.
-
-        `expected` and `min_sites` are those of the job, where it has its own.
-
-        Raises
-        ------
-        FederationError
-            Naming who is missing when the deadline has passed.
-        """
-        wanted = self.expected if expected is None else tuple(expected)
-        if min_sites is None:
-            min_sites = self.min_sites
-        least = len(wanted) if min_sites is None else min_sites
-        began, enough_since, said = time.monotonic(), None, 0.0
-        while True:
-            self.check(job)
-            here = tuple(name for name in self.sites(job) if name in wanted)
-            now = time.monotonic()
-            missing = ", ".join(name for name in wanted if name not in here)
-            enough_since = (enough_since or now) if len(here) >= least else None
-            if not missing or (enough_since is not None and now - enough_since >= gather_s):
-                return here
-            if now - began >= deadline_s and enough_since is None:
-                raise FederationError(
-                    f"job {job}: {len(here)} of {len(wanted)} sites are here after {deadline_s:.0f} s, "
-                    f"{least} are needed; missing: {missing}; start them, or lower federation.min_sites"
-                )
-            if now - said >= SAY_EVERY_S:
-                said = now
-                log.info("waiting for sites job=%s here=%d needed=%d missing=%s", job, len(here), least, missing)
-            with self._changed:
-                self._changed.wait(0.2)
 
     def ask(
         self,
@@ -347,7 +250,7 @@ class Desk:
             "task sent", task=task.name, id=task.id, job=task.job, round=task.model.current_round, sites=list(sites)
         )
         for site in sites:
-            if self._is_here(site):
+            if self.attendance.is_here(site):
                 self._push(site, open_task)
         try:
             self._wait(open_task, min_responses, deadline_s, on_result)
@@ -402,7 +305,7 @@ class Desk:
                     # a result that comes from here on is late, whatever `on_result` does meanwhile
                     del self._open[open_task.task.id]
                 elif on_result is None or not fresh:
-                    gone = [site for site in sorted(open_task.pending) if not self._sites[site].here]
+                    gone = [site for site in sorted(open_task.pending) if not self.attendance.is_here(site)]
                     if gone and now - said >= SAY_EVERY_S:
                         said = now
                         log.info(
@@ -424,15 +327,11 @@ class Desk:
         with self._changed:
             silent = {
                 site: "has not answered"
-                if self._sites[site].here
-                else f"is gone since {time.monotonic() - self._sites[site].since:.0f} s"
+                if self.attendance.is_here(site)
+                else f"is gone since {self.attendance.seconds_away(site):.0f} s"
                 for site in sorted(open_task.pending)
             }
             return {**dict(sorted(open_task.lost.items())), **silent}
-
-    def _is_here(self, site: str) -> bool:
-        with self._changed:
-            return self._sites[site].here
 
     def _push(self, site: str, open_task: _OpenTask) -> None:
         with self._changed:
@@ -453,7 +352,7 @@ class Desk:
 
     def _deliver(self, site: str, open_task: _OpenTask) -> None:
         """Send a task until the site has it; who is not here is sent it when it is here again."""
-        presence, refusals = self._sites[site], 0
+        process, refusals = self.attendance.arrivals(site), 0
         while True:
             sent = False
             try:
@@ -465,9 +364,10 @@ class Desk:
                 if refusals >= SEND_TRIES:
                     self._lose(site, open_task, str(error).removeprefix(f"{site}: "))
             with self._changed:
-                if not sent and self._sites[site] is presence:
+                if not sent and self.attendance.arrivals(site) == process:
                     self._changed.wait_for(lambda: self._is_settled(site, open_task), RETRY_S)
-                same, presence = self._sites[site] is presence, self._sites[site]
+                same = self.attendance.arrivals(site) == process
+                process = self.attendance.arrivals(site)
                 if (sent and same) or self._is_settled(site, open_task):
                     if sent and same:
                         open_task.delivered.add(site)
@@ -486,8 +386,4 @@ class Desk:
     def _is_settled(self, site: str, open_task: _OpenTask) -> bool:
         """Whether there is no more to send, or nobody to send it to."""
         waits = site in open_task.pending and open_task.task.id in self._open
-        return not waits or not self._sites[site].here
-
-
-def _takes(site: _Presence, job: str) -> bool:
-    return not job or not site.join.jobs or job in site.join.jobs
+        return not waits or not self.attendance.is_here(site)

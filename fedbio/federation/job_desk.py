@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from fedbio.federation.acceptance import Expectation
-from fedbio.federation.desk import GATHER_S, Desk
+from fedbio.federation.attendance import GATHER_S
+from fedbio.federation.desk import Desk
 from fedbio.federation.model import Result, Task
 from fedbio.federation.quantization import EXACT, Travel
 from fedbio.settings import ClassifyJob, Job
@@ -44,15 +45,15 @@ class JobDesk:
 
     def sites(self, job: str = "") -> tuple[str, ...]:
         """Return the sites that are here and take part, sorted by name."""
-        return tuple(site for site in self._desk.sites(job or self._job.name) if site in self.expected)
+        return tuple(site for site in self._desk.attendance.sites(job or self._job.name) if site in self.expected)
 
     def allows(self, site: str, kind: str) -> bool:
         """Whether a site said that it takes tasks of a kind."""
-        return self._desk.allows(site, kind)
+        return self._desk.attendance.allows(site, kind)
 
     def arrivals(self, site: str) -> int:
         """Return how many processes of a site have presented themselves."""
-        return self._desk.arrivals(site)
+        return self._desk.attendance.arrivals(site)
 
     def needed(self, asked: int) -> int:
         """Return how many of `asked` sites have to answer."""
@@ -65,13 +66,11 @@ class JobDesk:
     def wait_for_sites(
         self, job: str = "", *, deadline_s: float, gather_s: float = GATHER_S, all_of: Sequence[str] | None = None
     ) -> tuple[str, ...]:
-        """Wait until enough sites of the job are here, or just those of `all_of`; see `Desk.wait_for_sites`."""
-        return self._desk.wait_for_sites(
-            job or self._job.name,
-            deadline_s=deadline_s,
-            gather_s=gather_s,
-            expected=self.expected if all_of is None else all_of,
-            min_sites=self.min_sites if all_of is None else len(all_of),
+        """Wait until enough sites of the job are here, or all those of `all_of`; see `Attendance.wait_for`."""
+        wanted = self.expected if all_of is None else all_of
+        least = len(wanted) if all_of is not None or self.min_sites is None else self.min_sites
+        return self._desk.attendance.wait_for(
+            job or self._job.name, wanted, least=least, deadline_s=deadline_s, gather_s=gather_s, check=self.check
         )
 
     def ask(

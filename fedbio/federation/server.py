@@ -213,7 +213,7 @@ class Server:
             self._state,
             events=party.events,
             workspace=self.workspace,
-            sites=lambda job: self._desk.sites(job),
+            sites=lambda job: self._desk.attendance.sites(job),
             send=endpoint.send,
         )
         party.record.settings = self.jobs.model_dump(mode="json")
@@ -237,7 +237,7 @@ class Server:
         if state is JobState.FAILED and not self._queue.serving:
             return  # the server ends with it, and says so
         message = _job_done(job, state, reason)
-        here = self._desk.sites()
+        here = self._desk.attendance.sites()
         for site in self._desk.expected:
             if site in here:
                 self._outbox.tell(site, messages.JOB_DONE, message)
@@ -365,7 +365,7 @@ class Server:
         return None
 
     def _tell_all(self, topic: str, message: msgspec.Struct | None = None) -> None:
-        for site in self._desk.sites():
+        for site in self._desk.attendance.sites():
             self._outbox.tell(site, topic, message)
 
     def _say_goodbye(self) -> None:
