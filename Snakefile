@@ -3,6 +3,8 @@
 #   snakemake --cores all                                    a server and three sites on this machine
 #   snakemake --cores all --configfile config/site.yaml      one site of a real federation
 #   snakemake --cores all --configfile config/server.yaml    the server of a real federation
+#   snakemake --cores all --configfile config/embeddings.yaml --config proteins=FILE shards=4
+#                                                            a large file of proteins, embedded in shards
 from snakemake.utils import min_version
 
 min_version("9.0")
@@ -13,17 +15,22 @@ if not workflow.configfiles:
 
 
 include: "workflow/rules/common.smk"
-include: "workflow/rules/report.smk"
 
 
 if settings.party == "all":
 
     include: "workflow/rules/proteins.smk"
     include: "workflow/rules/simulate.smk"
+    include: "workflow/rules/report.smk"
 
 elif settings.party == "site":
 
     include: "workflow/rules/site.smk"
+    include: "workflow/rules/report.smk"
+
+elif settings.party == "embeddings":
+
+    include: "workflow/rules/embeddings.smk"
 
 else:
 

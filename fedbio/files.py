@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["exclusive_lock", "sha256_file", "sync_folder", "whole_file", "write_whole"]
+__all__ = ["exclusive_lock", "full_disk_named", "sha256_file", "sync_folder", "whole_file", "write_whole"]
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedbio.errors import MachineError
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -40,20 +43,38 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     # two threads may write one file: the later one wins, whole
     beside = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_native_id()}.part")
     try:
-        yield beside
-        with open(beside, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(beside, target)
-        sync_folder(target.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MachineError(
-                f"{target}: the disk is full; free some space and run the same command again, "
-                "nothing that was there before is lost"
-            ) from error
-        raise
+        with full_disk_named(target):
+            yield beside
+            with open(beside, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(beside, target)
+            sync_folder(target.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def full_disk_named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say which file did not fit while the block ran.
+
+    Raises
+    ------
+    MachineError
+        If the disk, a quota or the limit of a file's size is at its end.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = {
+            errno.ENOSPC: "the disk is full; free some space",
+            errno.EDQUOT: "the disk is full; free some space",
+            errno.EFBIG: "the file may not grow so large; raise its limit (ulimit -f) or choose another disk",
+        }.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise MachineError(
+            f"{path}: {reason} and run the same command again, nothing that was there before is lost"
+        ) from error
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
@@ -78,7 +99,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: str | os.PathLike[str], purpose: str) -> Iterator[None]:
+def exclusive_lock(path: str | os.PathLike[str], purpose: str, *, wait: bool = False) -> Iterator[None]:
     """Hold an exclusive lock file while the block runs; the kernel frees it when the process ends.
 
     Parameters
@@ -87,11 +108,13 @@ def exclusive_lock(path: str | os.PathLike[str], purpose: str) -> Iterator[None]
         The lock file; it holds the owner's process id and stays behind, empty of meaning, afterwards.
     purpose : str
         What is locked, for the message of the one who comes second.
+    wait : bool
+        Let the one who comes second wait for the first.
 
     Raises
     ------
     MachineError
-        If another living process holds the lock; the message names its process id.
+        If another living process holds the lock, and it is not to be waited for; the message names its process id.
     """
     lock_path = Path(path)
     lock_path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,9 +124,12 @@ def exclusive_lock(path: str | os.PathLike[str], purpose: str) -> Iterator[None]
         except BlockingIOError as error:
             lock.seek(0)
             owner = lock.read().strip() or "unknown"
-            raise MachineError(
-                f"{purpose} is in use by process {owner} (lock {lock_path}); wait for it or stop it first"
-            ) from error
+            if not wait:
+                raise MachineError(
+                    f"{purpose} is in use by process {owner} (lock {lock_path}); wait for it or stop it first"
+                ) from error
+            log.info("in use by another process, waiting for it file=%s process=%s", purpose, owner)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         lock.seek(0)
         lock.truncate()
         lock.write(str(os.getpid()))

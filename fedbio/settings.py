@@ -6,6 +6,7 @@ model                file
 `RunSettings`        ``config/config.yaml``: a server and all sites on this machine
 `SiteSettings`       ``config/site.yaml``: one site of a real federation
 `ServerSettings`     ``config/server.yaml``: the server of a real federation
+`EmbeddingsSettings` ``config/embeddings.yaml``: a large file embedded in shards, alone
 `JobsFile`           ``config/jobs/*.yaml``: what the server runs
 `FederationFile`     ``config/federation.yaml``: who takes part, for ``fedbio provision``
 `KitFile`            ``kit.yaml`` in a start-up kit
@@ -19,6 +20,7 @@ __all__ = [
     "SCHEMES",
     "ClassifyJob",
     "EmbedJob",
+    "EmbeddingsSettings",
     "EncoderSettings",
     "FederationFile",
     "FederationLimits",
@@ -259,6 +261,29 @@ class ServerSettings(Section):
     """Name of the folder under results/ for everything the server keeps."""
 
 
+class EmbeddingsSettings(Section):
+    """A large file of proteins, embedded in shards by jobs of their own; nobody else takes part."""
+
+    party: Literal["embeddings"]
+    proteins: str
+    """Your FASTA, CSV or TSV file."""
+    labels: str | None = None
+    """A CSV or TSV file with the labels of a FASTA file, joined by id."""
+    classes: Annotated[list[str], Field(min_length=2), AfterValidator(no_twins)] = list(COMPARTMENTS)
+    """The locations that labels may name; others are errors."""
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")] = "embeddings"
+    """Name of the folder under results/ for the embeddings file and, while they are needed, its shards."""
+    shards: Annotated[int, Field(ge=1, le=10_000)] = 4
+    """Number of jobs; each embeds about as many residues as the others."""
+    threads: Annotated[int, Field(ge=1, le=1_024)] = 8
+    """CPU threads of the job of a shard, and the cores that a cluster gives it."""
+    encoder: EncoderSettings = EncoderSettings()
+    embeddings: str | None = None
+    """An embeddings file of the same encoder to take vectors from instead of computing them again."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; unless it is cpu, the job of a shard asks for one GPU."""
+
+
 class ServerParty(Section):
     name: PartyName = "server"
     """The name in the server's certificate."""
@@ -315,16 +340,20 @@ FILES: dict[str, type[Section]] = {
     "config": RunSettings,
     "site": SiteSettings,
     "server": ServerSettings,
+    "embeddings": EmbeddingsSettings,
     "jobs": JobsFile,
     "federation": FederationFile,
     "kit": KitFile,
 }
 """Every settings file by the name of its JSON schema."""
 
-PARTIES: dict[str, type[RunSettings] | type[SiteSettings] | type[ServerSettings]] = {
+PartySettings = RunSettings | SiteSettings | ServerSettings | EmbeddingsSettings
+
+PARTIES: dict[str, type[PartySettings]] = {
     "all": RunSettings,
     "site": SiteSettings,
     "server": ServerSettings,
+    "embeddings": EmbeddingsSettings,
 }
 
 S = TypeVar("S", bound=Section)
@@ -358,8 +387,8 @@ def check(content: Mapping[str, Any], model: type[S], path: str | Path) -> S:
         raise describe_problems(path, error, model) from error
 
 
-def check_party(content: Mapping[str, Any], path: str | Path) -> RunSettings | SiteSettings | ServerSettings:
-    """Check the settings of whichever party the key `party` names: all, site or server."""
+def check_party(content: Mapping[str, Any], path: str | Path) -> PartySettings:
+    """Check the settings of whichever party the key `party` names: all, site, server or embeddings."""
     party = content.get("party", "all")
     if party not in PARTIES:
         raise SettingsError(f"{path}: party: expected one of {', '.join(PARTIES)}, found {party!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,21 @@ def test_exclusive_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
         holder.kill()
     with exclusive_lock(tmp_path / "lock", "the store"):
         assert (tmp_path / "lock").read_text() == str(os.getpid())
+
+
+def test_exclusive_lock_waits_for_the_other_process_if_asked(tmp_path: Path) -> None:
+    code = (
+        "import sys; from fedbio.files import exclusive_lock\n"
+        "with exclusive_lock(sys.argv[1], 'the store'):\n"
+        "    print('held', flush=True); sys.stdin.read(); print('free', flush=True)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        threading.Timer(0.2, holder.stdin.close).start()
+        with exclusive_lock(tmp_path / "lock", "the store", wait=True):
+            assert holder.stdout.readline() == "free\n"
+            assert (tmp_path / "lock").read_text() == str(os.getpid())

@@ -135,6 +135,7 @@ def test_overrides_that_make_no_sense_are_refused(tmp_path: Path, override: str)
         ("config.yaml", "config"),
         ("site.yaml", "site"),
         ("server.yaml", "server"),
+        ("embeddings.yaml", "embeddings"),
         ("federation.yaml", "federation"),
         ("jobs/classify.yaml", "jobs"),
     ],
@@ -152,7 +153,7 @@ def test_schemas_in_the_repository_are_those_of_the_types(kind: str) -> None:
 
 
 def test_every_setting_says_what_it_means() -> None:
-    for kind in ("config", "site", "server", "jobs"):
+    for kind in ("config", "site", "server", "embeddings", "jobs"):
         schema = settings.FILES[kind].model_json_schema()
         for name, model in {"": schema, **schema.get("$defs", {})}.items():
             for key, value in model["properties"].items():

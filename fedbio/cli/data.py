@@ -1,4 +1,4 @@
-"""``fedbio data``: list and fetch known data sets, check a file, make demo proteins, simulate sites."""
+"""``fedbio data``: list and fetch known data sets, check a file, make demo proteins, simulate sites, make shards."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from fedbio.proteins import Protein, ReadCounts
 EXAMPLE = """fedbio data check my_proteins.fasta
   fedbio data fetch mixed_soft -o mixed_soft.csv
   fedbio data demo -o demo.fasta --count 900 --seed 0
-  fedbio data split demo.fasta --sites 3 --alpha 1.0 --seed 0 -o sites/"""
+  fedbio data split demo.fasta --sites 3 --alpha 1.0 --seed 0 -o sites/
+  fedbio data shard large.fasta.gz --shards 8 -o shards/"""
 
 FILE_HELP = "FASTA, CSV, TSV, Swiss-Prot text, UniProt XML or GenBank; plain or .gz"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the sub-verbs ``list``, ``fetch``, ``check``, ``demo`` and ``split``."""
+    """Add the sub-verbs ``list``, ``fetch``, ``check``, ``demo``, ``split`` and ``shard``."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     verbs.add_parser("list", help="list the data sets that are known by name")
@@ -66,6 +67,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--test-fraction", type=float, default=0.2, help="share drawn as test set if the file marks no test proteins"
     )
 
+    shard = verbs.add_parser("shard", help="divide a large file into files of about as many residues each")
+    _add_input(shard)
+    shard.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="1-of-N.fasta, 2-of-N.fasta, ... go here"
+    )
+    shard.add_argument("--shards", type=int, required=True, metavar="N", help="how many files to make")
+
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help=FILE_HELP)
@@ -76,7 +84,7 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run the chosen sub-verb."""
-    verbs = {"list": _list, "fetch": _fetch, "check": _check, "demo": _demo, "split": _split}
+    verbs = {"list": _list, "fetch": _fetch, "check": _check, "demo": _demo, "split": _split, "shard": _shard}
     return verbs[args.verb](args)
 
 
@@ -255,6 +263,32 @@ def _split(args: argparse.Namespace) -> dict[str, Any]:
         for reason, number in counts.skipped.items():
             print(f"skipped: {reason}: {number:,}")
     return {"sites": sites, "skipped": dict(counts.skipped)}
+
+
+def _shard(args: argparse.Namespace) -> dict[str, Any]:
+    from fedbio.encoder.shard_files import write_shards
+
+    counts = ReadCounts()
+    shards = write_shards(
+        args.file,
+        args.output,
+        args.shards,
+        labels=args.labels,
+        classes=named_classes(args.classes),
+        skip_invalid=args.skip_invalid,
+        counts=counts,
+    )
+    if not args.json:
+        print(f"{args.file}: {counts.proteins:,} proteins, {counts.residues:,} residues in {len(shards):,} shards")
+        _print_table(
+            ("shard", "proteins", "residues"), [(each.path.name, each.proteins, each.residues) for each in shards]
+        )
+        for reason, number in counts.skipped.items():
+            print(f"skipped: {reason}: {number:,}")
+    return {
+        "shards": [{**dataclasses.asdict(each), "path": str(each.path)} for each in shards],
+        "skipped": dict(counts.skipped),
+    }
 
 
 def _site_names(args: argparse.Namespace) -> list[str]:

@@ -38,6 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", type=Path, metavar="CSV", help="table of labels beside the proteins")
     parser.add_argument("--skip-invalid", action="store_true", help="leave wrong records out instead of stopping")
     parser.add_argument("--dry-run", action="store_true", help="only estimate time and memory, by a short measurement")
+    parser.add_argument("--wait", action="store_true", help="wait for another process that works on EMB.h5")
     parser.add_argument("--label", default="embedding", help="what the progress line says")
 
 
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.output,
         reuse=args.reuse,
         label=args.label,
+        wait=args.wait,
         skip_invalid=args.skip_invalid,
         labels=args.labels,
         classes=named_classes(args.classes),

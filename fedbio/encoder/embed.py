@@ -71,6 +71,7 @@ def embed_file(
     threads: int | None = None,
     reuse: StrPath | None = None,
     label: str = "embedding",
+    wait: bool = False,
     skip_invalid: bool = False,
     labels: StrPath | None = None,
     classes: Sequence[str] = COMPARTMENTS,
@@ -102,6 +103,8 @@ def embed_file(
         An embeddings file of the same encoder whose rows are taken for the sequences that it holds.
     label : str
         What the progress line says.
+    wait : bool
+        Wait for another process that works on `output`, instead of refusing.
     skip_invalid, labels, classes
         Passed to `fedbio.proteins.read`.
 
@@ -128,7 +131,7 @@ def embed_file(
         log.warning(
             "long proteins %s %d residues proteins=%d of=%d", what, setup.info.max_residues, longer, len(proteins.ids)
         )
-    with exclusive_lock(target.with_name(f".{target.name}.lock"), str(target)):
+    with exclusive_lock(target.with_name(f".{target.name}.lock"), str(target), wait=wait):
         if target.exists() and _is_finished(target, proteins, setup.info, reuse):
             log.info("nothing to do, these proteins are embedded file=%s", target)
             reused, resumed = len(proteins.ids), 0

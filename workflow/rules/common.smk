@@ -41,6 +41,8 @@ def settings_arguments():
 
 def results_of(party):
     """What `snakemake` without a target makes for this party."""
+    if party == "embeddings":
+        return [f"{run}/embeddings.h5"]
     return [f"{run}/party.json"] if party == "server" else [f"{run}/report.html"]
 
 
@@ -72,3 +74,24 @@ def input_folder(wildcards, input):
 def embeddings_beside(wildcards, input):
     """Each site's embeddings, which lie beside its account of the run."""
     return [str(Path(party).with_name("embeddings.h5")) for party in input.parties]
+
+
+def encoder_arguments(settings):
+    """Which encoder, and how it shall compute, as arguments of `fedbio embed`."""
+    chosen = settings.encoder.model_dump(exclude={"name"}, exclude_none=True)
+    named = {"encoder": settings.encoder.name, "device": settings.device, **chosen}
+    return [
+        part
+        for key, value in named.items()
+        for part in (f"--{key.replace('_', '-')}", str(value))
+    ]
+
+
+def given(option, name):
+    """An input that may be missing, as arguments of a command."""
+    return lambda wildcards, input: [option, input.get(name)] if input.get(name) else []
+
+
+def more_on_each_attempt(amount):
+    """A resource of which a job that failed asks more when it is tried again."""
+    return lambda wildcards, attempt: amount * attempt
