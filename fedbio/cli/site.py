@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         policy=policy,
         examples=settings.examples,
         prepare=load_libraries,
+        ahead=True,
     ).run()
     if not args.json:
         print(f"done; everything that this site keeps is in {args.output}")

@@ -1,17 +1,27 @@
-"""Ask a script's function for the initial model: ``python -m fedbio.client.initial FILE FUNCTION``."""
+"""Ask a script's function for the initial model: in the script's process while it waits for its first task.
+
+Or in a process of its own, for a script that does not run: ``python -m fedbio.client.initial FILE FUNCTION``.
+"""
 
 from __future__ import annotations
 
-__all__ = ["answer_with_initial", "initial_params"]
+__all__ = ["answer_with_initial", "initial_params", "made_apart"]
 
+import contextlib
 import importlib.util
+import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedbio.client.model import FLModel
 from fedbio.client.session import enter
+
+TORCH_SEED = 67280421310721
+"""With which torch begins, ``c10::detail::default_rng_seed_val`` in c10/core/GeneratorImpl.h."""
 
 
 def initial_params(file: Path, function: str) -> Any:
@@ -55,6 +65,44 @@ def answer_with_initial(file: Path, function: str) -> None:
     params = initial_params(file, function)
     session.initial = False
     session.send(FLModel(params=params), clear=True)
+
+
+def made_apart(initial: str) -> Callable[[], FLModel]:
+    """Return what makes the initial model in a script's process and leaves no trace in its random numbers.
+
+    Parameters
+    ----------
+    initial : str
+        ``FILE:FUNCTION``.
+    """
+    file, _, function = initial.rpartition(":")
+
+    def make() -> FLModel:
+        with same_random_numbers():
+            return FLModel(params=initial_params(Path(file), function))
+
+    return make
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Have the generators of Python, NumPy and torch go on afterwards as if nothing had been drawn."""
+    # the generators that a script draws from without a word
+    plain, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    torch = sys.modules.get("torch")
+    state = None if torch is None else torch.random.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch is not None and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(legacy)  # noqa: NPY002
+        if torch is not None:
+            torch.random.set_rng_state(state)
+            if devices is not None:
+                torch.cuda.set_rng_state_all(devices)
+        elif (torch := sys.modules.get("torch")) is not None:
+            torch.manual_seed(TORCH_SEED)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "ABOUT",
     "END",
+    "INITIAL",
     "METRIC",
     "RECEIVED",
     "RESULT",
@@ -47,6 +48,9 @@ SOCKET = "FEDBIO_SOCKET"
 
 ABOUT = "FEDBIO_ABOUT"
 """Environment variable with what `system_info` returns, as JSON: every rank knows it, connected or not."""
+
+INITIAL = "FEDBIO_INITIAL"
+"""Environment variable with the file and the function of the initial model, as ``FILE:FUNCTION``."""
 
 SCRIPT = "script"
 """The script's name on the connection."""

@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from fedbio.client.link import ABOUT, SOCKET, Link, Metric, SocketLink
+from fedbio.client.link import ABOUT, INITIAL, SOCKET, Link, Metric, SocketLink
 from fedbio.client.model import FLModel, Form, from_script, to_script
 from fedbio.errors import SettingsError
 from fedbio.federation.model import Result, Task
+from fedbio.federation.workflows.script import INIT
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class Session:
         self.about = about
         self.initial = False
         """Whether the script is loaded only for its initial model."""
+        self.initial_model: Callable[[], FLModel] | None = None
+        """Makes the initial model, for a script that is asked for it while it waits for its first task."""
         self.measured: dict[str, Any] | None = None
         """Metrics that shall go with the next model."""
         self._share = share
@@ -100,6 +103,9 @@ class Session:
         task = None
         if self.link is not None:
             task = self.link.receive(timeout_s)
+            while task is not None and task.name == INIT and self.initial_model is not None:
+                self._answer_with_initial(self.link, task, self.initial_model)
+                task = self.link.receive(timeout_s)
             if task is not None:
                 self.link.taken(task)
             elif timeout_s is None:
@@ -108,6 +114,16 @@ class Session:
             task = self._share(task)
             self._over = task is None and timeout_s is None
         return task
+
+    def _answer_with_initial(self, link: Link, task: Task, make: Callable[[], FLModel]) -> None:
+        """Answer the first task there is, before those that the script sees."""
+        link.taken(task)
+        self.initial = True
+        try:
+            answer = make()
+        finally:
+            self.initial = False
+        link.answer(Result(task=task.id, model=from_script(answer, self.form)))
 
     def send(self, model: FLModel, clear: bool) -> None:
         """Answer the task at hand."""
@@ -203,6 +219,11 @@ def enter(rank: int | str | None = None) -> Session:
         about = msgspec.json.decode(os.environ.get(ABOUT, "{}"), type=dict[str, Any])
         link = SocketLink(socket, about) if number == 0 else None
         _of_process = Session(link, about, number, share=several)
+        if link is not None and (initial := os.environ.get(INITIAL)):
+            # imported here: it builds on this module
+            from fedbio.client.initial import made_apart
+
+            _of_process.initial_model = made_apart(initial)
         return _of_process
 
 

@@ -20,6 +20,7 @@ import msgspec
 from fedbio.client.host import Answered, Event, Host, QueueHost, Rejected, SocketHost, Taken
 from fedbio.client.initial import answer_with_initial
 from fedbio.client.launch import Ending, Run, RunningProcess, RunningThread, as_program, process_command, run_in_thread
+from fedbio.client.link import INITIAL
 from fedbio.errors import DataError, FederationError
 from fedbio.federation.executor import SiteContext
 from fedbio.federation.model import FLModel, Task
@@ -72,7 +73,7 @@ class _Conversation:
         self.ending = ending
         if ending.code:
             lines = "\n".join(f"  {line}" for line in self.run.last_lines())
-            log.warning("the script %s between two tasks; it is started anew:\n%s", ending, lines)
+            log.warning("the script %s while it had no task; it is started anew:\n%s", ending, lines)
 
     def ask(self, task: Task, idle_s: float, *, fresh: bool) -> FLModel | None:
         """Have the script do a task.
@@ -154,6 +155,15 @@ class DeployedScript:
         self._stopped = False
         self._copy()
 
+    def start(self) -> None:
+        """Start the script before there is a task for it: what it loads is loaded while others get ready.
+
+        One that fails fails again with its first task, for which it is started anew.
+        """
+        with self._lock:
+            if self._current is None and not self._stopped:
+                self._current = self._start()
+
     def ask(self, task: Task, model: FLModel) -> FLModel:
         """Have the script do a task; it is started if it does not run.
 
@@ -179,7 +189,7 @@ class DeployedScript:
                     raise failure
 
     def initial(self, task: Task, model: FLModel) -> FLModel:
-        """Have a function of the script make the initial model, in a run of its own.
+        """Have a function of the script make the initial model: by the script, if it has begun, or in its own run.
 
         Raises
         ------
@@ -188,10 +198,14 @@ class DeployedScript:
         """
         if self.spec.initial is None:
             raise FederationError(f"job {self.job} names no function for the initial model (client.initial)")
+        handed = _handed(task, model)
         with self._lock:
+            answer = None if self._current is None else self._talk(self._current, handed, fresh=False)
+            if answer is not None and answer.params:
+                return answer
             conversation = self._start(initial=True)
             try:
-                answer = self._talk(conversation, _handed(task, model), fresh=True)
+                answer = self._talk(conversation, handed, fresh=True)
                 if answer is None or not answer.params:
                     raise conversation.failure(f"has no initial model in {self.spec.initial}")
                 return answer
@@ -296,6 +310,8 @@ class DeployedScript:
         found = {f"FEDBIO_{name.upper()}": about[name] for name in names}
         if self._context.threads is not None:
             found["OMP_NUM_THREADS"] = str(self._context.threads)
+        if self.spec.initial is not None:
+            found[INITIAL] = str(self._code / self.spec.initial)
         # what it writes is in its log also when it is killed
         return {**found, "PYTHONUNBUFFERED": "1"}
 

@@ -111,6 +111,9 @@ class Deploy(Executor):
         spec = read_meta(model.meta, ClientSpec)
         script = self.scripts.deploy(task.job, spec, context)
         context.events.write("script deployed", job=task.job, files={each.name: each.sha256 for each in spec.files})
+        # in this process it would hold up the answer; and a part of a network is not started at all
+        if context.ahead and spec.launch != "in_process" and spec.workflow != "split":
+            script.start()
         return FLModel(meta={EXAMPLES: script.examples})
 
     def abandon(self, job: str) -> None:

@@ -52,6 +52,9 @@ class SiteContext:
         The way to another site, for what trains one part of a network.
     job : str
         The job of the task that is being done, or was done last.
+    ahead : bool
+        Whether a script may be started before it has its first task: the site has a process, and thus memory, of
+        its own.
     on_metric : callable or None
         Takes job, key, value and step of a number that shall be seen at the server at once.
     """
@@ -72,6 +75,7 @@ class SiteContext:
     outgoing: Chain = field(default_factory=Chain)
     split: SplitSite | None = None
     job: str = ""
+    ahead: bool = False
     on_metric: Callable[[str, str, float, int | None], None] | None = None
 
     @property

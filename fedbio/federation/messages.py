@@ -95,10 +95,11 @@ class Join(msgspec.Struct):
 
 
 class Welcome(msgspec.Struct):
-    """The server's answer to `Join`."""
+    """The server's answer to `Join`. `workflows` are those of its jobs, for what a site may load ahead."""
 
     federation: str
     jobs: tuple[str, ...]
+    workflows: tuple[str, ...] = ()
 
 
 class FileHeader(msgspec.Struct):

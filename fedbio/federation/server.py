@@ -354,7 +354,8 @@ class Server:
             self._party.events.write("site turned away", site=site, reason=reason)
             return self._outbox.tell(site, messages.ABORT, Abort(reason))
         self._state.joined(site, join.version)
-        self._outbox.tell(site, messages.WELCOME, Welcome(self.kit.federation, tuple(names)))
+        workflows = sorted({job.workflow for job in self.jobs.jobs if not join.jobs or job.name in join.jobs})
+        self._outbox.tell(site, messages.WELCOME, Welcome(self.kit.federation, tuple(names), tuple(workflows)))
         self._left.discard(site)
         self._desk.joined(site, join)
         if self._over:

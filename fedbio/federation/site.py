@@ -9,7 +9,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,8 +112,11 @@ class Site:
     examples : int or None
         How many examples it registers for a job of a script; None counts its proteins.
     prepare : callable or None
-        Loads what tasks need, before the server is dialled: a library that loads for seconds may hold the
-        interpreter, and a site that shows no life meanwhile would be taken for gone.
+        Loads what tasks of the workflows that it is given need, unless it is there: called when the server says what
+        its jobs are, so that it is done while others are waited for, and before each task. It must not hold the
+        interpreter for long: a site that shows no life meanwhile would be taken for gone.
+    ahead : bool
+        Whether scripts are started as soon as they are here, and not with their first task.
     driver : str, optional
         What moves frames; by default what the kit says.
     """
@@ -137,7 +140,8 @@ class Site:
     transport: Transport = field(default_factory=Transport)
     policy: Policy = field(default_factory=Policy)
     examples: int | None = None
-    prepare: Callable[[], None] | None = None
+    prepare: Callable[[Collection[str]], None] | None = None
+    ahead: bool = False
     outgoing: Chain = field(default_factory=Chain)
     incoming: Chain = field(default_factory=Chain)
     driver: str | None = None
@@ -189,8 +193,6 @@ class Site:
                 heartbeat_s=self.heartbeat_s,
                 driver=self.driver or self.kit.driver,
             )
-            if self.prepare is not None:
-                self.prepare()
             with endpoint:
                 self.begin(party, endpoint)
                 try:
@@ -219,6 +221,7 @@ class Site:
             synthetic=self.synthetic,
             policy=self.policy,
             examples=self.examples,
+            ahead=self.ahead,
             on_metric=self._reporter.add,
             identity=SiteIdentity(self.credentials) if isinstance(self.credentials, Credentials) else None,
             outgoing=self.outgoing,
@@ -339,6 +342,8 @@ class Site:
         elif message.topic == messages.WELCOME:
             welcome = unpack(Welcome, message.body)
             log.info("joined federation=%s as=%s jobs=%s", welcome.federation, self.kit.party, ",".join(welcome.jobs))
+            if self.prepare is not None:
+                self.prepare(welcome.workflows)
         elif message.topic == messages.FILE:
             self._keep_file(message)
         elif message.topic == messages.JOB_DONE:
@@ -440,6 +445,8 @@ class Site:
             self._party.events.write("task refused", task=task.name, reason=refusal)
             return Result(task=task.id, status=Status.REFUSED, reason=refusal)
         self._context.job = task.job
+        if self.prepare is not None:
+            self.prepare((task.workflow,))
         started = time.monotonic()
         try:
             model = executor.execute(task, self.incoming(self._with_held(task.model), task=task.name), self._context)
