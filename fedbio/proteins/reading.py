@@ -20,7 +20,7 @@ from fedbio.proteins.labels import find_label, unknown_label
 from fedbio.proteins.lines import Line, read_lines
 from fedbio.proteins.protein import Protein, ReadCounts
 from fedbio.proteins.seen import Seen
-from fedbio.proteins.tables import table_records
+from fedbio.proteins.tables import LABELS, table_records
 
 STANDARD = "ACDEFGHIKLMNPQRSTVWY"
 UNUSUAL = "UOBZXJ"
@@ -41,6 +41,10 @@ class _WrongRecordError(Exception):
         self.reason = reason
 
 
+LEAST_NUCLEOTIDES = 20
+"""Letters from which on a sequence of A, C, G, T, U and N alone is taken for nucleotides."""
+
+
 def read(
     path: str | os.PathLike[str],
     *,
@@ -48,6 +52,7 @@ def read(
     classes: Sequence[str] | None = COMPARTMENTS,
     require_labels: bool = False,
     skip_invalid: bool = False,
+    unique_ids: bool = True,
     counts: ReadCounts | None = None,
 ) -> Iterator[Protein]:
     """Yield the proteins of a file, validated, one at a time.
@@ -65,6 +70,9 @@ def read(
         Refuse a protein without a label.
     skip_invalid : bool
         Leave wrong records out, and count them, instead of refusing the file.
+    unique_ids : bool
+        False takes records as they come, whatever their ids, and remembers none: memory stays flat however many there
+        are.
     counts : ReadCounts, optional
         Filled while reading; complete when the iterator is exhausted.
 
@@ -89,16 +97,19 @@ def read(
     lines = read_lines(path, tally)
     beside = _read_labels(labels) if labels is not None else None
     seen = Seen()
+    joined = nucleotides = 0
+    first_id = ""
     for record in _records(lines, path, tally):
         try:
             if beside is not None:
-                _join(record, beside, labels)
+                joined += _join(record, beside, labels)
+                first_id = first_id or record.id
             protein = _check(record, tally, classes)
             if require_labels and protein.target is None:
                 raise _WrongRecordError(
                     "no label", "has no label; add TARGET= to the header, give a table with --labels, or leave it out"
                 )
-            if _repeats(protein, record.line, seen):
+            if unique_ids and _repeats(protein, record.line, seen):
                 tally.accepted["records given twice"] += 1
                 continue
         except _WrongRecordError as wrong:
@@ -109,6 +120,8 @@ def read(
             continue
         tally.proteins += 1
         tally.residues += len(protein.sequence)
+        # seen from its ends: most proteins say at their first residue that they are none
+        nucleotides += len(protein.sequence) >= LEAST_NUCLEOTIDES and not protein.sequence.strip("ACGTUN")
         yield protein
     if not len(seen):
         left_out = sum(tally.skipped.values())
@@ -116,6 +129,16 @@ def read(
             "\n  ".join([f"{path}: no valid protein in the file, all {left_out} are wrong, such as:", *tally.examples])
             if left_out
             else f"{path}: no protein in the file; was it written or copied completely?"
+        )
+    if nucleotides == len(seen):
+        raise DataError(
+            f"{path}: every sequence is made of A, C, G, T, U and N alone, so these are nucleotides; translate them to "
+            "proteins first"
+        )
+    if beside is not None and not joined:
+        raise DataError(
+            f"{labels}: none of its {len(beside)} ids is one of {path}: {next(iter(beside), '')!r} there, {first_id!r} "
+            "here; give it the first words of the headers as ids"
         )
 
 
@@ -149,7 +172,7 @@ def _records(lines: Iterator[Line], path: str | os.PathLike[str], counts: ReadCo
 
 def _read_labels(path: str | os.PathLike[str]) -> dict[str, Record]:
     beside: dict[str, Record] = {}
-    for record in table_records(read_lines(path, ReadCounts()), path, needs=("id", "target")):
+    for record in table_records(read_lines(path, ReadCounts()), path, needs=LABELS):
         known = beside.setdefault(record.id, record)
         if (known.target, known.set, known.validation) != (record.target, record.set, record.validation):
             raise DataError(
@@ -158,13 +181,13 @@ def _read_labels(path: str | os.PathLike[str]) -> dict[str, Record]:
     return beside
 
 
-def _join(record: Record, beside: Mapping[str, Record], labels: str | os.PathLike[str] | None) -> None:
-    """Take label and set from the table; an id like ``sp|P12345|NAME`` is also found by its accession."""
+def _join(record: Record, beside: Mapping[str, Record], labels: str | os.PathLike[str] | None) -> bool:
+    """Take label and set from the table, if it has them; ``sp|P12345|NAME`` is also found by its accession."""
     found = beside.get(record.id)
     if found is None and record.id.count("|") == 2:
         found = beside.get(record.id.split("|")[1])
     if found is None:
-        return
+        return False
     for field in ("target", "set", "validation"):
         here, there = getattr(record, field), getattr(found, field)
         if here is not None and there is not None and here != there:
@@ -173,6 +196,7 @@ def _join(record: Record, beside: Mapping[str, Record], labels: str | os.PathLik
                 f"{field} is {here!r} here and {there!r} in {labels}:{found.line}; keep one of them",
             )
         setattr(record, field, there if there is not None else here)
+    return True
 
 
 def _check(record: Record, counts: ReadCounts, classes: Sequence[str] | None) -> Protein:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["read_column", "table_records"]
+__all__ = ["LABELS", "PROTEINS", "read_column", "table_records"]
 
 import csv
 import os
@@ -16,9 +16,17 @@ from fedbio.proteins.protein import ReadCounts
 # csv's own bound on a cell (131,072 characters) is shorter than some proteins; ours is the bound on a line.
 csv.field_size_limit(2**31 - 1)
 
+PROTEINS, LABELS = ("sequence",), ("id", "target")
+"""The columns that a table of each kind needs."""
+
+_FORMS = {
+    PROTEINS: "a table needs the columns sequence, target, set and validation (FLIP's form, with id if there are names)",
+    LABELS: "a table of labels needs the columns id and target (and set, validation); rename the column",
+}
+
 
 def table_records(
-    lines: Iterator[Line], path: str | os.PathLike[str], *, needs: Sequence[str] = ("sequence",)
+    lines: Iterator[Line], path: str | os.PathLike[str], *, needs: tuple[str, ...] = PROTEINS
 ) -> Iterator[Record]:
     """Yield one raw record per row of a table with a header line.
 
@@ -27,8 +35,8 @@ def table_records(
     lines : iterator of Line
     path : path-like
         For messages.
-    needs : sequence of str
-        Columns without which the table is refused. Read are ``id``, ``sequence``, ``target``, ``set`` and
+    needs : tuple of str
+        Columns without which the table is refused: `PROTEINS` or `LABELS`. Read are ``id``, ``sequence``, ``target``, ``set`` and
         ``validation``, in any order and any case; others are passed over.
 
     Notes
@@ -41,8 +49,7 @@ def table_records(
     for name in needs:
         if name not in columns:
             raise FormatError(
-                f"{path}:1: no column {name!r} among {', '.join(repr(column) for column in header)}; a table needs the "
-                "columns sequence, target, set and validation (FLIP's form, with id if there are names)"
+                f"{path}:1: no column {name!r} among {', '.join(repr(column) for column in header)}; " + _FORMS[needs]
             )
 
     def cell(row: Sequence[str], name: str) -> str | None:

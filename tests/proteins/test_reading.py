@@ -259,6 +259,11 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         "{path}:1: no column 'sequence' among 'id', 'target'; a table needs the columns sequence, target, set and "
         "validation (FLIP's form, with id if there are names)",
     ),
+    "nucleotides": (
+        b">g1\nACGTACGTACGTACGTACGTNNACGT\n>g2\nacguacguacguacguacguacgu\n",
+        "{path}: every sequence is made of A, C, G, T, U and N alone, so these are nucleotides; translate them to "
+        "proteins first",
+    ),
     "row with a missing cell": (
         b"id,sequence,target\nP1,MK,Nucleus\nP2,MK\n",
         "{path}:3: 2 cells where the header has 3; a cell that holds the separator needs double quotes around it",
@@ -312,6 +317,32 @@ def test_labels_come_from_a_table_beside_the_sequences(tmp_path: Path) -> None:
         Protein("sp|P2|NAME_HUMAN", "MASSTVLK", "Plastid", "test"),
         Protein("P3", "MK"),
     ]
+
+
+def test_table_of_labels_for_other_proteins_is_refused(tmp_path: Path) -> None:
+    fasta, table = tmp_path / "proteins.fasta", tmp_path / "labels.csv"
+    fasta.write_bytes(b">P1 first\nMKRKRPAS\n>P2\nMASSTVLK\n")
+    table.write_bytes(b"id,target\nQ1,Nucleus\nQ2,Plastid\n")
+    with pytest.raises(DataError) as caught:
+        list(read(fasta, labels=table))
+    assert str(caught.value) == (
+        f"{table}: none of its 2 ids is one of {fasta}: 'Q1' there, 'P1' here; give it the first words of the headers "
+        "as ids"
+    )
+
+
+def test_table_of_labels_needs_ids_and_targets(tmp_path: Path) -> None:
+    fasta, table = tmp_path / "proteins.fasta", tmp_path / "labels.csv"
+    fasta.write_bytes(b">P1\nMKRKRPAS\n")
+    table.write_bytes(b"id,compartment\nP1,Nucleus\n")
+    with pytest.raises(FormatError, match=r"no column 'target' among 'id', 'compartment'; a table of labels needs"):
+        list(read(fasta, labels=table))
+
+
+def test_protein_of_four_kinds_of_residues_is_one_among_others(tmp_path: Path) -> None:
+    fasta = tmp_path / "proteins.fasta"
+    fasta.write_bytes(b">P1\n" + b"ACGT" * 10 + b"\n>P2\nMKRKRPAS\n")
+    assert [protein.id for protein in read(fasta)] == ["P1", "P2"]
 
 
 def test_missing_labels_are_refused_where_they_are_required(tmp_path: Path) -> None:
