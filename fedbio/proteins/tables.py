@@ -20,7 +20,8 @@ PROTEINS, LABELS = ("sequence",), ("id", "target")
 """The columns that a table of each kind needs."""
 
 _FORMS = {
-    PROTEINS: "a table needs the columns sequence, target, set and validation (FLIP's form, with id if there are names)",
+    PROTEINS: "a table needs the columns sequence, target, set and validation "
+    "(FLIP's form, with id if there are names)",
     LABELS: "a table of labels needs the columns id and target (and set, validation); rename the column",
 }
 
@@ -36,8 +37,8 @@ def table_records(
     path : path-like
         For messages.
     needs : tuple of str
-        Columns without which the table is refused: `PROTEINS` or `LABELS`. Read are ``id``, ``sequence``, ``target``, ``set`` and
-        ``validation``, in any order and any case; others are passed over.
+        Columns without which the table is refused: `PROTEINS` or `LABELS`. Read are ``id``, ``sequence``, ``target``,
+        ``set`` and ``validation``, in any order and any case; others are passed over.
 
     Notes
     -----

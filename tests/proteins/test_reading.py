@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedbio.errors import DataError
+from fedbio.errors import DataError, FormatError
 from fedbio.proteins import Protein, ReadCounts, read, write_fasta
 
 TWO = [Protein("P1", "MKRKRPAS", "Nucleus"), Protein("P2", "MASSTVLK", "Cell membrane", "test")]
