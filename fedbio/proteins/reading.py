@@ -52,7 +52,6 @@ def read(
     classes: Sequence[str] | None = COMPARTMENTS,
     require_labels: bool = False,
     skip_invalid: bool = False,
-    unique_ids: bool = True,
     counts: ReadCounts | None = None,
 ) -> Iterator[Protein]:
     """Yield the proteins of a file, validated, one at a time.
@@ -70,9 +69,6 @@ def read(
         Refuse a protein without a label.
     skip_invalid : bool
         Leave wrong records out, and count them, instead of refusing the file.
-    unique_ids : bool
-        False takes records as they come, whatever their ids, and remembers none: memory stays flat however many there
-        are.
     counts : ReadCounts, optional
         Filled while reading; complete when the iterator is exhausted.
 
@@ -109,7 +105,7 @@ def read(
                 raise _WrongRecordError(
                     "no label", "has no label; add TARGET= to the header, give a table with --labels, or leave it out"
                 )
-            if unique_ids and _repeats(protein, record.line, seen):
+            if _repeats(protein, record.line, seen):
                 tally.accepted["records given twice"] += 1
                 continue
         except _WrongRecordError as wrong:
