@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import types
 from abc import ABC, abstractmethod
@@ -30,6 +31,9 @@ READ_BYTES = 64 << 10
 
 SHOWN_CHARACTERS = 300
 """Characters of an exception's message that others may see."""
+
+LOOK_EVERY_S = 0.05
+"""Seconds between two looks at whether a script that is waited for has ended."""
 
 _TRACEBACK = "Traceback (most recent call last)"
 _RANK = re.compile(r"\[rank(\d+)\]:\s?")
@@ -206,6 +210,12 @@ class RunningThread(Run):
         finally:
             leave()
         self._on_end(Ending(code))
+
+    def rest(self, timeout_s: float) -> None:
+        """Wait until the script asks for its next task, or has ended."""
+        deadline = time.monotonic() + timeout_s
+        while self._thread.is_alive() and not self._link.resting.wait(LOOK_EVERY_S) and time.monotonic() < deadline:
+            pass
 
     def stop(self, polite_s: float, firm_s: float) -> None:
         self._thread.join(polite_s)

@@ -268,6 +268,8 @@ class QueueLink(Link):
         self._on_taken, self._on_answer, self._on_metric = on_taken, on_answer, on_metric
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._gone = False
+        self.resting = threading.Event()
+        """Set while the script waits for a task."""
 
     def put(self, task: Task | None) -> None:
         """Give the script a task, or None: there are no more."""
@@ -276,10 +278,13 @@ class QueueLink(Link):
     def receive(self, timeout_s: float | None) -> Task | None:
         if self._gone:
             return None
+        self.resting.set()
         try:
             task = self._tasks.get(timeout=timeout_s)
         except queue.Empty:
             return None
+        finally:
+            self.resting.clear()
         self._gone |= task is None
         return task
 

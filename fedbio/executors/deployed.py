@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["DeployedScript"]
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -21,6 +22,7 @@ from fedbio.client.host import Answered, Event, Host, QueueHost, Rejected, Socke
 from fedbio.client.initial import answer_with_initial
 from fedbio.client.launch import Ending, Run, RunningProcess, RunningThread, as_program, process_command, run_in_thread
 from fedbio.client.link import INITIAL
+from fedbio.client.turns import OwnState
 from fedbio.errors import DataError, FederationError
 from fedbio.federation.executor import SiteContext
 from fedbio.federation.model import FLModel, Task
@@ -40,7 +42,8 @@ _TORCH = re.compile(rb"^\s*(import|from)\s+(torch|lightning|pytorch_lightning|tr
 class _Conversation:
     """One run of a script, and the connection to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: OwnState) -> None:
+        self.own = own
         self.events: queue.SimpleQueue[Event | Ending | None] = queue.SimpleQueue()
         self.ending: Ending | None = None
         self.stopped = False
@@ -52,6 +55,11 @@ class _Conversation:
         self.host.say_end()
         self.run.stop(polite_s, firm_s)
         self.host.close()
+
+    def rest(self, timeout_s: float) -> None:
+        """Wait until a script of this process asks for its next task, or has ended."""
+        if isinstance(self.run, RunningThread):
+            self.run.rest(timeout_s)
 
     def give_up(self) -> None:
         """Have `ask` return at once, on whatever thread it is."""
@@ -176,11 +184,16 @@ class DeployedScript:
         with self._lock:
             while True:
                 fresh = self._current is None or self._current.has_ended()
-                if fresh:
-                    self._leave()
-                    self._current = self._start()
-                assert self._current is not None
-                answer = self._talk(self._current, handed, fresh=fresh)
+                own = OwnState(self._code) if self._current is None or fresh else self._current.own
+                with self._turn(own) as shared:
+                    if fresh:
+                        self._leave()
+                        self._current = self._start(own)
+                    assert self._current is not None
+                    answer = self._talk(self._current, handed, fresh=fresh)
+                    if shared:
+                        # what it still does after its answer is its turn as well
+                        self._current.rest(self.spec.idle_s)
                 if answer is not None:
                     return answer
                 if fresh:
@@ -203,14 +216,16 @@ class DeployedScript:
             answer = None if self._current is None else self._talk(self._current, handed, fresh=False)
             if answer is not None and answer.params:
                 return answer
-            conversation = self._start(initial=True)
-            try:
-                answer = self._talk(conversation, handed, fresh=True)
-                if answer is None or not answer.params:
-                    raise conversation.failure(f"has no initial model in {self.spec.initial}")
-                return answer
-            finally:
-                conversation.stop(FIRM_S, FIRM_S)
+            own = OwnState(self._code)
+            with self._turn(own):
+                conversation = self._start(own, initial=True)
+                try:
+                    answer = self._talk(conversation, handed, fresh=True)
+                    if answer is None or not answer.params:
+                        raise conversation.failure(f"has no initial model in {self.spec.initial}")
+                    return answer
+                finally:
+                    conversation.stop(FIRM_S, FIRM_S)
 
     def stop(self, *, politely: bool = True) -> None:
         """End the script; a task that it is doing fails. May be called on any thread, and twice."""
@@ -237,12 +252,17 @@ class DeployedScript:
 
     def _leave(self, polite_s: float = 0.0) -> None:
         if self._current is not None:
-            self._current.stop(polite_s, FIRM_S)
+            with self._turn(self._current.own, wait=polite_s > 0):
+                self._current.stop(polite_s, FIRM_S)
             self._current = None
 
-    def _start(self, *, initial: bool = False) -> _Conversation:
+    def _turn(self, own: OwnState, *, wait: bool = True) -> contextlib.AbstractContextManager[bool]:
+        """Put a script's own state in place, if it shares this process with those of other sites."""
+        return own.turn(wait=wait) if self.spec.launch == "in_process" else contextlib.nullcontext(False)
+
+    def _start(self, own: OwnState | None = None, *, initial: bool = False) -> _Conversation:
         self._folder.joinpath("files").mkdir(parents=True, exist_ok=True)
-        conversation = _Conversation()
+        conversation = _Conversation(own or OwnState(self._code))
         about, path = self._about(), self._folder / "script.log"
         log.info("script started job=%s script=%s log=%s", self.job, self.spec.initial or self.spec.script, path)
         if self.spec.launch == "in_process":

@@ -57,6 +57,11 @@ class Held:
             raise FederationError(f"this site does not hold the model of round {number} of {run}")
         return dict(open_file(path))
 
+    @property
+    def keeps(self) -> bool:
+        """Whether there is something here that is in no file that counts: a part, or a mean that may come to count."""
+        return bool(self._parts or self._arrived)
+
     def keep_part(self, delivery: Delivery, payload: Payload) -> None:
         """Keep what this site puts into the exchange that a task was for; one of each job at a time."""
         self._parts[_job(delivery.run)] = (delivery, payload)

@@ -61,6 +61,11 @@ class LockstepSite:
         self._means: dict[Exchange, Any] = {}
         self._lock = threading.Lock()
 
+    @property
+    def keeps(self) -> bool:
+        """Whether a mean is here that may come to count."""
+        return bool(self._means)
+
     def sink(self, opening: Opening) -> Sink:
         """Return where a mean goes."""
         exchange = unpack(Exchange, opening.body)

@@ -5,15 +5,12 @@ from __future__ import annotations
 __all__ = ["Pool", "PoolEndpoint"]
 
 import contextlib
-import hashlib
 import logging
-import os
 import shutil
 import threading
 import time
-import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,20 +19,10 @@ import msgspec
 
 from fedbio.errors import FedbioError, FederationError, InputError, PeerUnreachable, RefusedError
 from fedbio.federation import messages
-from fedbio.federation.pool_messages import (
-    Failed,
-    Left,
-    Letter,
-    Mail,
-    Orders,
-    Taken,
-    allow_many_files,
-    lay_out,
-    mapped,
-    poured,
-)
+from fedbio.federation.pool_messages import Failed, Left, Letter, Mail, Orders, Taken, allow_many_files
+from fedbio.federation.pool_payloads import Shelf, lay_out, make_folders, mapped, poured, remove
 from fedbio.federation.pool_process import PoolProcess
-from fedbio.transport import FilePayload, MemorySink, Opening, Payload, Presence, Received, ReceivedPayload, TensorSink
+from fedbio.transport import MemorySink, Opening, Payload, Presence, Received, ReceivedPayload, TensorSink
 from fedbio.transport.receiver import Agreed, SinkFactory
 
 log = logging.getLogger(__name__)
@@ -52,8 +39,8 @@ KEEPER_S = 10.0
 ERRORS: dict[int, type[FedbioError]] = {1: FedbioError, 2: InputError, 4: RefusedError}
 """What a site has ended with, by its exit code."""
 
-MEMORY = "/dev/shm"  # noqa: S108 - a folder of the run's own in it, for nobody else to look into
-"""The file system that is in memory."""
+HELD = (messages.MEAN, messages.COMMIT)
+"""Topics whose sender has to know that the site has dealt with them, and that it is still the same process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +56,23 @@ class Pool:
         Of the processes.
     folder : Path
         For their logs, and for payloads that memory has no room for.
+    alone : set of str
+        Sites that wait for another site in the middle of a task: each gets a process of its own, beside the others.
     """
 
     orders: Orders
     processes: int
     environment: Mapping[str, str]
     folder: Path
+    alone: Set[str] = frozenset()
+
+    @property
+    def shares(self) -> list[set[str]]:
+        """Whom each process plays; always the same: a site's tasks stay in order, and what is in memory is of use."""
+        names = {site.name for site in self.orders.sites}
+        together = sorted(names - self.alone)
+        shares = [set(together[number :: self.processes]) for number in range(self.processes)]
+        return [share for share in shares if share] + [{name} for name in sorted(names & self.alone)]
 
     def endpoint(self, on_failure: Callable[[FedbioError], None]) -> Callable[..., PoolEndpoint]:
         """Return what a `Server` makes its endpoint with; `on_failure` is told of sites that ended by themselves."""
@@ -113,26 +111,26 @@ class PoolEndpoint:
         schemes: Agreed,
         on_failure: Callable[[FedbioError], None],
     ) -> None:
-        self.address = f"a pool of {pool.processes} processes"
+        self.address = f"a pool of {len(pool.shares)} processes"
         self._pool = pool
         self._on_message, self._on_peer, self._on_failure = on_message, on_peer, on_failure
         self._sinks, self._schemes = dict(sinks), schemes
         self._changed = threading.Condition()
         self._closing = False
-        names = sorted(site.name for site in pool.orders.sites)
-        # always the same one: a site's tasks stay in order, and what it has in memory is of use
         self._processes = [
-            PoolProcess(number, set(names[number :: pool.processes]), pool.folder / f"process-{number + 1}.txt")
-            for number in range(pool.processes)
+            PoolProcess(number, share, pool.folder / f"process-{number + 1}.txt")
+            for number, share in enumerate(pool.shares)
         ]
         self._of = {site: process for process in self._processes for site in process.sites}
         self._keepers: list[threading.Thread] = []
         self._folders: list[str] = []
-        self._laid: weakref.WeakKeyDictionary[Payload, _Laid] = weakref.WeakKeyDictionary()
+        self._shelf = Shelf(self._folders)
+        self._mean_at: dict[str, int] = {}
+        """Which process of a site has got a mean, by its `lives`."""
 
     def __enter__(self) -> Self:
         allow_many_files()
-        self._folders = _make_folders(self._pool.folder)
+        self._folders += make_folders(self._pool.folder)
         for process in self._processes:
             name = f"pool-{process.number + 1}"
             self._keepers.append(threading.Thread(target=self._keep, args=(process,), name=name, daemon=True))
@@ -164,14 +162,24 @@ class PoolEndpoint:
             raise PeerUnreachable(f"{peer} is not here; {topic} was not sent")
         if topic in LEAVE_S:
             process.told[peer] = topic
-        letter = Letter(peer, topic, body)
-        if payload is not None:
-            path = self._lay_out(payload)
-            letter = Letter(peer, topic, body, payload.kind, path, Path(path).stat().st_size)
+        letter = self._letter(peer, topic, body, payload)
         try:
-            process.tell(letter)
+            if topic in HELD:
+                # as a connection would be: what its process was told is not said to the next one
+                life = self._mean_at.get(peer) if topic == messages.COMMIT else None
+                self._mean_at[peer] = process.ask(letter, timeout_s, life=life)
+            else:
+                process.tell(letter)
         except OSError as error:
             raise PeerUnreachable(f"{peer}: the process that plays it has ended") from error
+
+    def _letter(self, peer: str, topic: str, body: bytes, payload: Payload | None) -> Letter:
+        if payload is None:
+            return Letter(peer, topic, body)
+        # nobody holds on to what only passes: its file is the receiver's
+        once = topic == messages.SPLIT
+        path = lay_out(payload, self._folders, "server-") if once else self._shelf.path(payload)
+        return Letter(peer, topic, body, payload.kind, path, Path(path).stat().st_size, once=once)
 
     def close(self) -> None:
         """Wait for the sites that were told to end, then end all processes; may be called twice."""
@@ -194,18 +202,6 @@ class PoolEndpoint:
             for process in self._processes
             for site in process.sites & process.told.keys()
         )
-
-    def _lay_out(self, payload: Payload) -> str:
-        """Return the file that a payload is in; it is written once, however many it goes to."""
-        if isinstance(payload, FilePayload):
-            return str(payload.path.absolute())
-        with self._changed:
-            laid = self._laid.setdefault(payload, _Laid())
-        with laid.lock:
-            if not laid.path:
-                laid.path = lay_out(payload, self._folders, "server-")
-                weakref.finalize(payload, _remove, laid.path)
-        return laid.path
 
     # the processes
 
@@ -236,7 +232,14 @@ class PoolEndpoint:
 
     def _take(self, process: PoolProcess, mail: Mail) -> None:
         if isinstance(mail, Letter):
-            self._take_letter(process, mail)
+            if mail.topic == messages.PART and mail.kind:
+                # all parts of an exchange are taken in side by side, and each only as fast as the others
+                name = f"part-{mail.site}"
+                threading.Thread(target=self._take_letter, args=(process, mail), name=name, daemon=True).start()
+            else:
+                self._take_letter(process, mail)
+        elif isinstance(mail, Taken):
+            process.answered(mail)
         elif isinstance(mail, (Left, Failed)):
             if isinstance(mail, Failed) and mail.own:
                 log.error("site ended site=%s reason=%s", mail.site, mail.reason)
@@ -262,7 +265,7 @@ class PoolEndpoint:
         except OSError as error:
             refusal = f"cannot be stored: {error.strerror}"
         finally:
-            _remove(letter.path)
+            remove(letter.path)
         if letter.number:
             with contextlib.suppress(OSError):
                 process.tell(Taken(letter.number, refusal))
@@ -304,33 +307,3 @@ class PoolEndpoint:
             )
         )
         return False
-
-
-@dataclass(slots=True)
-class _Laid:
-    """Where a payload is."""
-
-    path: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-def _remove(path: str) -> None:
-    if path:
-        with contextlib.suppress(FileNotFoundError):
-            Path(path).unlink()
-
-
-def _make_folders(folder: Path) -> list[str]:
-    """Return private folders for payloads: in memory, if the machine has such a file system, then beside the logs."""
-    found = []
-    folder.mkdir(parents=True, exist_ok=True)
-    # by a name of the run's own: one that was killed leaves its folder to the next
-    name = f"fedbio-{os.getuid()}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}"
-    for path in (Path(MEMORY, name), folder / "payloads"):
-        # of somebody else's folder, or none at all, nothing comes but the next one
-        with contextlib.suppress(OSError):
-            if path.exists():
-                shutil.rmtree(path)
-            path.mkdir(mode=0o700)
-            found.append(str(path))
-    return found

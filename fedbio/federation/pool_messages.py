@@ -16,24 +16,11 @@ __all__ = [
     "Taken",
     "allow_many_files",
     "decode_mail",
-    "lay_out",
-    "mapped",
-    "poured",
 ]
 
-import errno
-import mmap
 import resource
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import msgspec
-
-from fedbio.errors import MachineError, ProtocolError
-from fedbio.transport import Payload, Sink
-from fedbio.transport.objects import CHUNK_BYTES
 
 
 class SiteSpec(msgspec.Struct, frozen=True):
@@ -55,7 +42,9 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     executors : str
         ``module:function`` that returns a site's executors by their names.
     prepare : str
-        ``module:function`` that loads what tasks need; empty for nothing.
+        ``module:function`` that loads what tasks of some workflows need; empty for nothing.
+    workflows : list of str
+        Those of the jobs.
     folders : list of str
         Where payloads are laid out; the next one where one is full.
     prefix : str
@@ -73,6 +62,7 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     sites: list[SiteSpec]
     executors: str
     prepare: str = ""
+    workflows: list[str] = []
     folders: list[str]
     prefix: str
     resident: int
@@ -102,6 +92,8 @@ class Letter(msgspec.Struct, frozen=True, tag=True):
         Its bytes.
     number : int
         By which the sender knows the letter that it wants to hear of; 0 for none.
+    once : bool
+        Whether it is the only one with this payload: who opens the file removes it.
     """
 
     site: str
@@ -111,10 +103,11 @@ class Letter(msgspec.Struct, frozen=True, tag=True):
     path: str = ""
     size: int = 0
     number: int = 0
+    once: bool = False
 
 
 class Taken(msgspec.Struct, frozen=True, tag=True):
-    """The server has taken a letter, or, with a reason, has not."""
+    """A letter has been taken by whom it was for, or, with a reason, has not."""
 
     number: int
     refusal: str = ""
@@ -143,72 +136,6 @@ _decoder: msgspec.msgpack.Decoder[Mail] = msgspec.msgpack.Decoder(Mail)
 def decode_mail(content: bytes) -> Mail:
     """Return a message."""
     return _decoder.decode(content)
-
-
-def lay_out(payload: Payload, folders: Sequence[str], prefix: str) -> str:
-    """Write a payload into a new file and return its path.
-
-    Parameters
-    ----------
-    payload : Payload
-    folders : sequence of str
-        The first one with room for it is taken.
-    prefix : str
-        How the file's name begins.
-
-    Raises
-    ------
-    MachineError
-        If none of them has.
-    """
-    for folder in folders:
-        descriptor, path = tempfile.mkstemp(prefix=prefix, dir=folder)
-        try:
-            with open(descriptor, "wb", buffering=0) as file:
-                for chunk in payload.chunks():
-                    while len(chunk):
-                        chunk = chunk[file.write(chunk) :]
-        except OSError as error:
-            Path(path).unlink()
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-        except BaseException:
-            Path(path).unlink()
-            raise
-        else:
-            return path
-    raise MachineError(f"{', '.join(folders)}: full; free some space and run the same command again")
-
-
-def mapped(letter: Letter) -> memoryview:
-    """Return the payload of a letter, read-only; it outlives its file.
-
-    Raises
-    ------
-    ProtocolError
-        If it is not there whole: its task is over.
-    """
-    if not letter.size:
-        return memoryview(b"")
-    try:
-        with open(letter.path, "rb") as file:
-            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError) as error:
-        raise ProtocolError(f"the payload of {letter.topic} is gone: {error}") from error
-    if len(content) != letter.size:
-        raise ProtocolError(f"the payload of {letter.topic} has {len(content)} bytes, {letter.size} were announced")
-    return content
-
-
-def poured(content: memoryview, sink: Sink) -> Any:
-    """Return what a sink makes of a payload, which it gets as from a network, chunk by chunk."""
-    try:
-        for begin in range(0, len(content), CHUNK_BYTES):
-            sink.write(content[begin : begin + CHUNK_BYTES])
-        return sink.finish()
-    except BaseException:
-        sink.abort()
-        raise
 
 
 def allow_many_files() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 __all__ = ["PoolProcess"]
 
 import contextlib
+import itertools
+import queue
 import socket
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from pathlib import Path
 
 import msgspec
 
-from fedbio.federation.pool_messages import Mail, Orders, decode_mail
+from fedbio.errors import PeerUnreachable, TransportError
+from fedbio.federation.pool_messages import Letter, Mail, Orders, Taken, decode_mail
 from fedbio.processes import die_with_parent
 
 LAST_LINES = 8
@@ -50,6 +53,9 @@ class PoolProcess:
     popen: subprocess.Popen[bytes] | None = None
     _connection: Connection | None = None
     _writing: threading.Lock = field(default_factory=threading.Lock)
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _asked: dict[int, queue.SimpleQueue[str | None]] = field(default_factory=dict)
+    """Where each letter's answer goes; None is that of a process that has ended."""
 
     @property
     def prefix(self) -> str:
@@ -76,8 +82,9 @@ class PoolProcess:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
-        self._connection, self.heard = Connection(ours.detach()), False
-        self.lives += 1
+        with self._writing:
+            self._connection, self.heard = Connection(ours.detach()), False
+            self.lives += 1
 
     def tell(self, message: Mail | Orders) -> None:
         """Send it a message; `OSError` if it is not there."""
@@ -85,6 +92,52 @@ class PoolProcess:
             if self._connection is None:
                 raise BrokenPipeError("it has ended")
             self._connection.send_bytes(msgspec.msgpack.encode(message))
+
+    def ask(self, letter: Letter, timeout_s: float | None, *, life: int | None = None) -> int:
+        """Send it a letter and wait until the site has dealt with it.
+
+        Parameters
+        ----------
+        letter : Letter
+        timeout_s : float or None
+        life : int, optional
+            Send it only to the process that this `lives` counted.
+
+        Returns
+        -------
+        int
+            The `lives` of the process that has it.
+
+        Raises
+        ------
+        PeerUnreachable
+            If the process has ended, or is another one, or does not answer in time.
+        TransportError
+            If the site does not take it.
+        """
+        answer: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        with self._writing:
+            number, taker = next(self._numbers), self.lives
+            if self._connection is None or life not in (None, taker):
+                raise PeerUnreachable(f"{letter.site}: the process that played it has ended")
+            self._asked[number] = answer
+            self._connection.send_bytes(msgspec.msgpack.encode(msgspec.structs.replace(letter, number=number)))
+        try:
+            refusal = answer.get(timeout=timeout_s)
+        except queue.Empty:
+            raise PeerUnreachable(f"{letter.site}: {letter.topic} was not taken within {timeout_s:g} s") from None
+        finally:
+            self._asked.pop(number, None)
+        if refusal is None:
+            raise PeerUnreachable(f"{letter.site}: the process that plays it has ended")
+        if refusal:
+            raise TransportError(f"{letter.site}: {refusal}")
+        return taker
+
+    def answered(self, taken: Taken) -> None:
+        """Hear what became of a letter."""
+        if (answer := self._asked.get(taken.number)) is not None:
+            answer.put(taken.refusal)
 
     def says(self) -> Iterator[Mail]:
         """Yield what it says, until it has ended."""
@@ -104,6 +157,8 @@ class PoolProcess:
             if self._connection is not None:
                 self._connection.close()
             self._connection = None
+            for answer in list(self._asked.values()):
+                answer.put(None)
         return self.popen.wait()
 
     def kill(self) -> None:

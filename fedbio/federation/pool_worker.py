@@ -4,6 +4,8 @@ Each of them is a real `Site` in a workspace of its own; what it would have got 
 one pair of sockets. Only so many are kept in memory: the one that was idle longest is put away, and begins again in its
 workspace with its next message. One that keeps something that it could not have again there is not put away.
 
+What sites stream for each other in lockstep goes on side by side, each part on a thread of its own.
+
 Run as a program with the number of the socket that it has inherited.
 """
 
@@ -14,14 +16,11 @@ __all__: list[str] = []
 import collections
 import contextlib
 import importlib
-import itertools
 import logging
 import os
 import queue
 import sys
 import threading
-import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -30,7 +29,7 @@ from typing import Any
 
 import msgspec
 
-from fedbio.errors import FedbioError, FederationError, PeerUnreachable, TransportError
+from fedbio.errors import FedbioError, FederationError
 from fedbio.federation import messages
 from fedbio.federation.party import Party
 from fedbio.federation.policy import Policy
@@ -44,82 +43,28 @@ from fedbio.federation.pool_messages import (
     Taken,
     allow_many_files,
     decode_mail,
-    lay_out,
-    mapped,
-    poured,
 )
+from fedbio.federation.pool_post import Link, Post
 from fedbio.federation.site import LIBRARIES, Site
 from fedbio.settings import KitFile, load
-from fedbio.transport import Credentials, MemorySink, Payload, Presence, Received, ReceivedPayload, TensorSink
+from fedbio.transport import Credentials, Presence, Received
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = (messages.JOB_DONE, messages.END, messages.ABORT)
+AT_ONCE = (
+    messages.JOB_DONE,
+    messages.END,
+    messages.ABORT,
+    messages.CALL,
+    messages.MEAN,
+    messages.COMMIT,
+    messages.SPLIT,
+    messages.SPLIT_END,
+)
 """Topics that a site hears of also in the middle of a task."""
 
 _playing = threading.local()
 """Who is played on a thread, for the log."""
-
-
-class _Post:
-    """The way to the server that all sites of this process share."""
-
-    def __init__(self, connection: Connection, orders: Orders) -> None:
-        self._connection, self._orders = connection, orders
-        self._writing = threading.Lock()
-        self._numbers = itertools.count(1)
-        self._waiting: dict[int, queue.SimpleQueue[str]] = {}
-        self._open: weakref.WeakValueDictionary[str, ReceivedPayload] = weakref.WeakValueDictionary()
-
-    def send(self, site: str, topic: str, body: bytes, payload: Payload | None) -> None:
-        """Send a site's message; with a payload, wait until the server has taken it."""
-        if payload is None:
-            return self.tell(Letter(site, topic, body))
-        path = lay_out(payload, self._orders.folders, self._orders.prefix)
-        number = next(self._numbers)
-        answer = self._waiting[number] = queue.SimpleQueue()
-        self.tell(Letter(site, topic, body, payload.kind, path, Path(path).stat().st_size, number))
-        if refusal := answer.get():
-            raise TransportError(refusal)
-        return None
-
-    def tell(self, message: Mail) -> None:
-        """Send a message of this process's own."""
-        try:
-            with self._writing:
-                self._connection.send_bytes(msgspec.msgpack.encode(message))
-        except OSError as error:
-            raise PeerUnreachable(f"the server has gone: {error}") from error
-
-    def taken(self, taken: Taken) -> None:
-        """Hear what became of a letter."""
-        self._waiting.pop(taken.number).put(taken.refusal)
-
-    def received(self, letter: Letter) -> Received:
-        """Return a letter as a site hears it; of a payload for many there is one copy."""
-        payload = self._open.get(letter.path)
-        if payload is None and letter.kind:
-            payload = ReceivedPayload(mapped(letter))
-            if letter.kind == "quantized":
-                payload = poured(payload.content, TensorSink(MemorySink, self._orders.quantization))
-            self._open[letter.path] = payload
-        return Received("server", letter.topic, letter.body, payload)
-
-
-class _Link:
-    """One site's way to the server."""
-
-    def __init__(self, site: str, post: _Post) -> None:
-        self._site, self._post = site, post
-
-    def send(
-        self, topic: str, body: bytes = b"", payload: Payload | None = None, timeout_s: float | None = None
-    ) -> None:
-        self._post.send(self._site, topic, body, payload)
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        time.sleep(timeout_s or 0.0)
-        return False
 
 
 @dataclass(eq=False)
@@ -130,9 +75,11 @@ class _Seat:
     kit: KitFile
     party: Party
     closing: contextlib.ExitStack
-    link: _Link
+    link: Link
     site: Site | None = None
-    waiting: list[Received] = field(default_factory=list)
+    waiting: list[tuple[Letter, Received]] = field(default_factory=list)
+    calls: int = 0
+    """Parts of exchanges that are being sent."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -141,7 +88,7 @@ class _Players:
 
     def __init__(self, connection: Connection, orders: Orders) -> None:
         self._connection, self._orders = connection, orders
-        self._post = _Post(connection, orders)
+        self._post = Post(connection, orders)
         self._make_executors = _named(orders.executors)
         self._policy = Policy.read(Path(), workflows=None, max_rounds=None, code=orders.code)
         self._seats: dict[str, _Seat] = {}
@@ -154,7 +101,7 @@ class _Players:
             closing = contextlib.ExitStack()
             party = closing.enter_context(Party.open(Path(spec.workspace), spec.name, "site"))
             kit = load(Path(spec.kit) / "kit.yaml", KitFile)
-            self._seats[spec.name] = _Seat(spec, kit, party, closing, _Link(spec.name, self._post))
+            self._seats[spec.name] = _Seat(spec, kit, party, closing, Link(spec.name, self._post))
         threading.Thread(target=self._read, name="read", daemon=True).start()
         for seat in list(self._seats.values()):
             self._play(seat, _present)
@@ -184,20 +131,39 @@ class _Players:
     def _deliver(self, letter: Letter) -> None:
         seat = self._seats.get(letter.site)
         if seat is None:
-            return
+            return self._post.acknowledge(letter, "it has left")
         _playing.name = letter.site
         try:
             received = self._post.received(letter)
         except FedbioError as error:
             log.warning("message not taken topic=%s reason=%s", letter.topic, error)
-            return
+            return self._post.acknowledge(letter, str(error))
         with seat.lock:
             if seat.site is not None and letter.topic in AT_ONCE:
-                seat.site.hear(received)
+                self._hand_over(seat, seat.site, letter, received)
             else:
                 # decoded when it is its turn: what goes to many is large many times
-                seat.waiting.append(received)
+                seat.waiting.append((letter, received))
         self._mail.put(letter.site)
+        return None
+
+    def _hand_over(self, seat: _Seat, site: Site, letter: Letter, received: Received) -> None:
+        """Have a site hear a letter, under its lock."""
+        if letter.topic != messages.CALL:
+            return self._post.hand_over(letter, received, site)
+        seat.calls += 1
+
+        def answer() -> None:
+            # it takes until all sites that were called have been averaged
+            _playing.name = letter.site
+            try:
+                self._post.hand_over(letter, received, site)
+            finally:
+                with seat.lock:
+                    seat.calls -= 1
+
+        threading.Thread(target=answer, name=f"part-{letter.site}", daemon=True).start()
+        return None
 
     def _play(self, seat: _Seat, act: Callable[[Site], bool]) -> None:
         """Have a site do something; it has left if that returns False."""
@@ -227,8 +193,8 @@ class _Players:
             site = self._make(seat)
             site.begin(seat.party, seat.link)
         with seat.lock:
-            for received in seat.waiting:
-                site.hear(received)
+            for letter, received in seat.waiting:
+                self._hand_over(seat, site, letter, received)
             seat.waiting.clear()
             seat.site = site
         return site
@@ -260,7 +226,7 @@ class _Players:
                 return
             with seat.lock:
                 site = seat.site
-                if site is None or not site.at_rest:
+                if site is None or seat.calls or not site.at_rest:
                     continue
                 seat.site = None
             del self._resident[name]
@@ -290,9 +256,9 @@ def _present(site: Site) -> bool:
     return True
 
 
-def _named(name: str) -> Callable[[], Any]:
+def _named(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
-    found: Callable[[], Any] = getattr(importlib.import_module(module), function)
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
 
 
@@ -309,7 +275,7 @@ def _main() -> None:
     connection = Connection(int(sys.argv[1]))
     orders = msgspec.msgpack.decode(connection.recv_bytes(), type=Orders)
     if orders.prepare:
-        _named(orders.prepare)()
+        _named(orders.prepare)(orders.workflows)
     _Players(connection, orders).run()
 
 

@@ -11,18 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedbio.errors import FedbioError, FederationError, SettingsError
+from fedbio.errors import FedbioError, FederationError
 from fedbio.federation.policy import ANY
 from fedbio.federation.pool import Pool
 from fedbio.federation.pool_messages import Orders, SiteSpec
 from fedbio.federation.server import Server
 from fedbio.settings import SCHEMES, JobsFile, KitFile, SiteSettings, load
+from fedbio.settings_jobs import SplitJob
 from fedbio.transport import Credentials
 
 if TYPE_CHECKING:
     from fedbio.federation.simulation import Simulation
 
-EXECUTORS, PREPARE = "fedbio.executors:registry", "fedbio.executors:load_libraries"
+EXECUTORS, PREPARE = "fedbio.executors:registry", "fedbio.executors.pool:prepare"
 
 RESIDENT = 1_000
 """The most sites that a process keeps in memory; further ones read their data again with every task."""
@@ -30,26 +31,21 @@ RESIDENT = 1_000
 SHARE = 0.5
 """Of the memory that is free at the beginning, how much all processes together may take to keep sites in it."""
 
-STREAMING = ("split",)
-"""Workflows whose sites send to each other while they compute."""
-
 
 def play(what: Simulation, run: Path, kits: Path, processes: int) -> None:
     """Run the jobs in ``kits/jobs.yaml`` to their end.
 
     Raises
     ------
-    SettingsError
-        If a job needs streams between processes of their own.
     FedbioError
         If the jobs fail: the error of the site that is to blame, or the server's.
     """
-    _check(what.jobs)
     pool = Pool(
         orders=Orders(
             sites=[SiteSpec(name, str(kits / name), str(data), str(run / name)) for name, data in what.sites.items()],
             executors=EXECUTORS,
             prepare=PREPARE,
+            workflows=sorted({job.workflow for job in what.jobs.jobs}),
             folders=[],
             prefix="",
             resident=RESIDENT,
@@ -65,6 +61,8 @@ def play(what: Simulation, run: Path, kits: Path, processes: int) -> None:
         processes=min(processes, len(what.sites)),
         environment=_environment(what.threads),
         folder=run / "pool",
+        # each of the two sites of a cut network waits for the other one in every step
+        alone={site for job in what.jobs.jobs if isinstance(job, SplitJob) for site in (job.bottom, job.top)},
     )
     failures: list[FedbioError] = []
 
@@ -91,17 +89,6 @@ def play(what: Simulation, run: Path, kits: Path, processes: int) -> None:
     if failures:
         # one that only lost the others comes after one whose data or code is wrong
         raise min(failures, key=lambda error: isinstance(error, FederationError))
-
-
-def _check(jobs: JobsFile) -> None:
-    for job in jobs.jobs:
-        streams = job.workflow in STREAMING or getattr(job, "aggregation", None) == "lockstep"
-        if streams:
-            what = "its workflow" if job.workflow in STREAMING else "aggregation: lockstep"
-            raise SettingsError(
-                f"job {job.name}: {what} streams between processes, and a pool has none for each site; run it with "
-                "--pool 0 (each site a process of its own)"
-            )
 
 
 def _free_bytes() -> int:

@@ -43,6 +43,7 @@ from fedbio.federation.transfers import Transfers
 from fedbio.files import sha256_file
 from fedbio.settings import SCHEMES, KitFile, Transport
 from fedbio.transport import Credentials, Limits, ObjectPayload, Payload, Presence, Received, SiteEndpoint
+from fedbio.transport.receiver import SinkFactory
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ class Site:
                 spool=self.workspace / "spool",
                 on_message=self.hear,
                 on_connection=self.greet,
-                sinks={messages.MEAN: self._lockstep.sink, messages.SPLIT: self._split.sink},
+                sinks=self.sinks,
                 schemes=lambda opening: self.quantization,
                 on_progress=transfers,
                 connect_deadline_s=self.connect_deadline_s,
@@ -249,7 +250,13 @@ class Site:
         """Whether another object could go on in this one's workspace, and nothing would be lost."""
         resting = all(executor.at_rest for executor in self.executors.values())
         keeps = self._dropped or self._failure is not None or self._packer.keeps
-        return resting and not keeps and self._inbox.empty()
+        exchanges = self._held.keeps or self._lockstep.keeps
+        return resting and not keeps and not exchanges and self._inbox.empty()
+
+    @property
+    def sinks(self) -> dict[str, SinkFactory]:
+        """Where payloads of some topics go while they arrive; those of others are whole when they are heard."""
+        return {messages.MEAN: self._lockstep.sink, messages.SPLIT: self._split.sink}
 
     @property
     def failure(self) -> FedbioError | None:

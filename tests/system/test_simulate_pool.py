@@ -16,22 +16,45 @@ from fedbio.proteins import Protein, write_fasta
 
 FEDBIO = [sys.executable, "-m", "fedbio"]
 
+SITES = 12
+
+# What it draws from, and the module beside it, are those of a whole process: in a pool, of this site alone.
 SCRIPT = """
+import random
+
 import numpy as np
 import fedbio.client as flare
+from fedbio.client.algorithms import ControlVariates
+
+import memory
 
 flare.init()
 number = int(flare.get_site_name().rpartition("-")[2])
-seen = 0.0
+random.seed(number)
+np.random.seed(number)
 while flare.is_running():
     model = flare.receive()
     if model is None:
         break
-    # what it keeps between two rounds counts too
-    seen += float(model.params["w"].sum())
-    params = {name: value + np.float32(number + 0.001 * seen) for name, value in model.params.items()}
-    flare.send(flare.FLModel(params=params, metrics={"accuracy": float(model.params["w"].mean())}))
+    metrics = {"accuracy": float(model.params["w"].mean()) if model.params else 0.0}
+    if flare.is_evaluate():
+        flare.send(flare.FLModel(metrics=metrics))
+        continue
+    if flare.is_submit_model():
+        flare.send(flare.FLModel(params={"w": np.full((3, 4), number, np.float32)}))
+        continue
+    memory.seen.append(float(model.params["w"].sum()))
+    noise = np.random.normal(size=(3, 4)) + random.random() + 0.001 * sum(memory.seen)
+    params = {"w": (0.5 * model.params["w"] + noise).astype(np.float32)}
+    if model.meta.get("scaffold"):
+        variates = ControlVariates(model, 0.1, flare.system_info()["workspace"])
+        params = {**params, **variates.finish(params, 3)}
+    flare.send(flare.FLModel(params=params, metrics=metrics))
+    # after its answer it is still this script's turn
+    memory.seen.append(random.random() + np.random.random())
 """
+
+MEMORY = "seen = []"
 
 START = """
 import numpy as np
@@ -40,6 +63,47 @@ import numpy as np
 def initial():
     return {"w": np.ones((3, 4), np.float32)}
 """
+
+CONTROLLER = """
+import msgspec
+from fedbio.federation import FLModel, ScriptController
+from fedbio.federation.acceptance import ANY_TENSORS
+from fedbio.tensors import manifest, weighted_mean
+
+
+class Average(ScriptController):
+    def run(self):
+        sites = self.trainers()
+        model = self.send("client/init", expect=ANY_TENSORS).model
+        for number in range(self.rounds):
+            task = FLModel(params=model.params, current_round=number, total_rounds=self.rounds)
+            results = self.broadcast_and_wait(
+                "client/train", task, list(sites), expect=manifest(model.params), weights=sites
+            )
+            mean = weighted_mean([(each.site, each.model.params, each.model.weight) for each in results])
+            model = msgspec.structs.replace(model, params=mean)
+            self.state.store(self.job, f"model-{number}", mean)
+"""
+
+CLIENT = {
+    "script": "train.py",
+    "files": ["start.py", "memory.py"],
+    "initial": "start.py:initial",
+    "launch": "in_process",
+}
+
+JOBS: list[dict[str, Any]] = [
+    {"name": "mean", "workflow": "fedavg", "rounds": 3, "client": CLIENT},
+    {"name": "some", "workflow": "fedavg", "rounds": 3, "client": CLIENT, "sites_per_round": 5, "norm_bound": 50},
+    {"name": "krum", "workflow": "fedavg", "rounds": 2, "client": CLIENT, "aggregate": "krum", "byzantine": 2},
+    {"name": "scaffold", "workflow": "fedavg", "rounds": 2, "client": CLIENT, "scaffold": True},
+    {"name": "adam", "workflow": "fedavg", "rounds": 2, "client": CLIENT, "optimizer": {"name": "adam"}},
+    {"name": "cyclic", "workflow": "cyclic", "rounds": 2, "client": CLIENT, "order": "random"},
+    {"name": "swarm", "workflow": "swarm", "rounds": 2, "client": CLIENT},
+    {"name": "evaluation", "workflow": "evaluation", "client": {**CLIENT, "initial": None}},
+    {"name": "statistics", "workflow": "statistics", "min_count": 1},
+    {"name": "own", "workflow": "custom", "rounds": 2, "controller": "own.py:Average", "client": CLIENT},
+]
 
 
 def simulate(*arguments: object) -> dict[str, Any]:
@@ -79,34 +143,84 @@ def test_model_of_twelve_sites_is_the_same_with_a_process_for_each(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_job_file_of_a_script_runs_in_the_pool_as_in_processes(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(SCRIPT)
-    (tmp_path / "start.py").write_text(START)
-    client = {"script": "train.py", "files": ["start.py"], "initial": "start.py:initial", "launch": "in_process"}
-    job = {"workflow": "fedavg", "rounds": 3, "client": client}
-    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({"jobs": [job]}))
-    for number in range(1, 4):
+def test_every_workflow_of_scripts_gives_the_same_in_the_pool_as_in_processes(tmp_path: Path) -> None:
+    for name, content in {
+        "train.py": SCRIPT,
+        "start.py": START,
+        "memory.py": MEMORY,
+        "own.py": CONTROLLER,
+        "jobs.yaml": yaml.safe_dump({"jobs": JOBS}),
+    }.items():
+        (tmp_path / name).write_text(content)
+    for number in range(1, SITES + 1):
         proteins = [
             Protein(f"{number}-{each}", "MKV" + "A" * each, "Nucleus", "train", False) for each in range(number)
         ]
         write_fasta(proteins, tmp_path / f"data/site-{number}.fasta")
-    found = set()
+    found = []
     for processes in (0, 2):
         run = tmp_path / f"run-{processes}"
-        simulate(tmp_path / "jobs.yaml", "-o", run, "--sites", 3, "--data", tmp_path / "data", "--pool", processes)
-        found.add(sha256_file(run / "server/models/fedavg/last.safetensors"))
+        simulate(tmp_path / "jobs.yaml", "-o", run, "--data", tmp_path / "data", "--pool", processes)
+        found.append(
+            {
+                str(path.relative_to(run)): sha256_file(path)
+                for pattern in ("server/models/*/*", "server/models/*/*/*", "site-*/swarm/swarm/*.safetensors")
+                for path in run.glob(pattern)
+                if path.suffix in (".safetensors", ".csv")
+            }
+        )
+    alone, pooled = found
+    assert alone == pooled
+    made = {Path(name).parts[2] for name in alone if name.startswith("server/")}
+    assert made == {job["name"] for job in JOBS} - {"swarm"}
+    # best and last at each site, and all the same
+    assert len([name for name in alone if "/swarm/" in name]) == 2 * SITES
+    assert len({digest for name, digest in alone.items() if name.endswith("swarm/swarm/last.safetensors")}) == 1
+
+
+SPLIT = """
+import numpy as np
+import torch
+from torch import nn
+
+
+def bottom():
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Dropout(0.2))
+
+
+def top():
+    return nn.Linear(3, 2)
+
+
+def features(here):
+    return [str(number) for number in range(40)], torch.from_numpy(
+        np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    )
+
+
+def labels(here):
+    return [str(number) for number in range(5, 45)], torch.arange(40) % 2
+
+
+def optimizer(module):
+    return torch.optim.Adam(module.parameters())
+"""
+
+
+@pytest.mark.slow
+def test_sites_of_a_split_network_have_processes_of_their_own_beside_the_pool(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(SPLIT)
+    # by their names one process would play both
+    cut = {"bottom": "site-1", "top": "site-3", "epochs": 2, "batch_size": 16, "client": {"script": "net.py"}}
+    jobs = [{"workflow": "split", **cut}, {"workflow": "statistics", "min_count": 1}]
+    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({"jobs": jobs}))
+    for number in range(1, 4):
+        write_fasta([Protein("a", "MKVA", "Nucleus", "train", False)], tmp_path / f"data/site-{number}.fasta")
+    found = set()
+    for processes in (0, 1):
+        run = tmp_path / f"run-{processes}"
+        simulate(tmp_path / "jobs.yaml", "-o", run, "--data", tmp_path / "data", "--pool", processes)
+        parts = [run / "site-1/split/split/bottom.safetensors", run / "site-3/split/split/top.safetensors"]
+        found.add(tuple(sha256_file(part) for part in parts))
     assert len(found) == 1
-
-
-def test_pool_refuses_what_streams_between_sites(tmp_path: Path) -> None:
-    write_fasta([Protein("a", "MKVA", "Nucleus", "train", False)], tmp_path / "data/site-1.fasta")
-    job = {"workflow": "classify", "aggregation": "lockstep"}
-    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({"jobs": [job]}))
-    arguments = ["-o", tmp_path / "run", "--data", tmp_path / "data", "--pool", "1"]
-    refused = subprocess.run(
-        [*FEDBIO, "simulate", tmp_path / "jobs.yaml", *arguments],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert refused.returncode == 2
-    assert "aggregation: lockstep streams between processes" in refused.stderr
-    assert "--pool 0" in refused.stderr
+    assert sorted(path.name for path in (run / "pool").iterdir()) == [f"process-{number}.txt" for number in (1, 2, 3)]

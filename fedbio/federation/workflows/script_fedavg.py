@@ -183,7 +183,7 @@ class ScriptFedAvg(FedAvg):
             parts[CONTROL_VARIATE] = updated_control(
                 parts[CONTROL_VARIATE], changes, len(self.training), weights=weights
             )
-            counted = {site: np.array([model.current_round]) for site in named}
+            counted = {site: np.array([model.current_round]) for site in sorted(named)}
             parts[COUNTED_ROUNDS] = {**parts.get(COUNTED_ROUNDS, {}), **counted}
         if self.optimization is not None:
             change = {name: value - model.params[name] for name, value in combined.items()}
