@@ -6,41 +6,38 @@ __all__ = ["Site"]
 
 import logging
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
 from fedbio import __version__
 from fedbio.errors import (
-    DataError,
     FedbioError,
     FederationError,
     FormatError,
     PeerUnreachable,
-    ProtocolError,
     TransportError,
 )
 from fedbio.federation import messages
+from fedbio.federation.answers import Answer, Answers, failure
 from fedbio.federation.executor import Executor, SiteContext
 from fedbio.federation.filters import Chain
 from fedbio.federation.held import Held
 from fedbio.federation.identity import SiteIdentity
 from fedbio.federation.links import SiteLink
 from fedbio.federation.lockstep_site import LockstepSite
-from fedbio.federation.messages import Abort, FileHeader, JobDone, Join, Welcome, pack, unpack
-from fedbio.federation.model import FLModel, Parameters, Result, Status, Task, decode, encode
+from fedbio.federation.messages import Abort, JobDone, Join, Welcome, pack, unpack
+from fedbio.federation.model import Parameters, Task, decode
 from fedbio.federation.party import Party
 from fedbio.federation.policy import Policy
-from fedbio.federation.quantization import Packer, scheme_of
+from fedbio.federation.quantization import scheme_of
+from fedbio.federation.received_files import keep_file
 from fedbio.federation.reporter import Reporter
+from fedbio.federation.site_tasks import Tasks
 from fedbio.federation.split_site import SplitSite
 from fedbio.federation.transfers import Transfers
-from fedbio.files import sha256_file
 from fedbio.settings import SCHEMES, KitFile, Transport
 from fedbio.transport import Credentials, Limits, ObjectPayload, Payload, Presence, Received, SiteEndpoint
 from fedbio.transport.receiver import SinkFactory
@@ -56,28 +53,11 @@ SEND_TRIES = 3
 GOODBYE_S = 10.0
 """Seconds for a last word to a server that may have left already."""
 
-TENSOR_KINDS = ("model", "sealed", "sums")
-"""Kinds in the ledger that are tensors; an answer without any is only the numbers beside them."""
-
 METRICS_S = 10.0
 """Seconds in which the server has to take a message with metrics."""
 
 LIBRARIES = ("grpcio", "h5py", "msgspec", "numpy", "torch")
 """Whose versions go into the site's record."""
-
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(slots=True)
-class _Answer:
-    """A result in its wire form, kept until the job's next task: the server may ask again after a break."""
-
-    task: str
-    body: bytes
-    payload: Payload | None
-    kind: str
-    topic: str = messages.RESULT
 
 
 @dataclass(kw_only=True)
@@ -154,10 +134,9 @@ class Site:
         self._taken: set[str] = set()
         self._over = False
         self._told_to_stop = False
-        self._answers: dict[str, _Answer] = {}
         self._dropped: set[str] = set()
-        self._packer = Packer()
         self._held = Held(self.workspace / "held")
+        self._answers = Answers(self._held)
         self._lockstep = LockstepSite(
             lambda topic, body, payload: self._send(topic, body, payload, "model" if payload else "control"),
             part=self._held.part,
@@ -166,7 +145,6 @@ class Site:
         )
         self._split = SplitSite(self._send_split, check=lambda: self._endpoint.wait(0))
         self._reporter = Reporter(lambda body: self._send(messages.METRIC, body, None, "metrics", METRICS_S))
-        self._failure: FedbioError | None = None
         self._saved = 0.0
 
     def run(self) -> None:
@@ -210,6 +188,17 @@ class Site:
     def begin(self, party: Party, endpoint: SiteLink) -> None:
         """Begin, or go on: `greet` and `hear` wait for this."""
         self._party, self._endpoint = party, endpoint
+        self._tasks = Tasks(
+            executors=self.executors,
+            allow=self.allow,
+            quantization=self.quantization,
+            policy=self.policy,
+            incoming=self.incoming,
+            outgoing=self.outgoing,
+            prepare=self.prepare,
+            party=party,
+            held=self._held,
+        )
         self._jobs_left = set(self.jobs)
         self._context = SiteContext(
             site=self.kit.party,
@@ -249,7 +238,7 @@ class Site:
     def at_rest(self) -> bool:
         """Whether another object could go on in this one's workspace, and nothing would be lost."""
         resting = all(executor.at_rest for executor in self.executors.values())
-        keeps = self._dropped or self._failure is not None or self._packer.keeps
+        keeps = self._dropped or self._tasks.failure is not None or self._answers.keeps
         exchanges = self._held.keeps or self._lockstep.keeps
         return resting and not keeps and not exchanges and self._inbox.empty()
 
@@ -261,7 +250,7 @@ class Site:
     @property
     def failure(self) -> FedbioError | None:
         """What this site's own task failed with last."""
-        return self._failure
+        return self._tasks.failure
 
     def leave(self) -> None:
         """Say goodbye."""
@@ -288,6 +277,7 @@ class Site:
         self._party.events.write(f"server {presence.value}")
         if presence is Presence.GONE:
             self._split.broken("the server was started anew, or has given this site up")
+            self._stop_if_lost()
         if presence is Presence.ARRIVED:
             join = Join(version=__version__, jobs=tuple(self.jobs), allow=tuple(self.allow))
             try:
@@ -295,6 +285,14 @@ class Site:
             except TransportError as error:
                 # a new process of the server is announced as well
                 log.info("not joined: %s", error)
+
+    def _stop_if_lost(self) -> None:
+        """Stop what is being done, perhaps for hours, if nobody will take its result; the main thread says why."""
+        try:
+            self._endpoint.wait(0)
+        except FedbioError:
+            self._told_to_stop = True
+            threading.Thread(target=self._close_executors, name="close-executors", daemon=True).start()
 
     def hear(self, received: Received) -> None:
         """Take a message from any thread, and leave it to the main one; what cannot wait is done here."""
@@ -352,7 +350,7 @@ class Site:
             if self.prepare is not None:
                 self.prepare(welcome.workflows)
         elif message.topic == messages.FILE:
-            self._keep_file(message)
+            keep_file(message, self._context)
         elif message.topic == messages.JOB_DONE:
             return self._end(unpack(JobDone, message.body))
         elif message.topic == messages.END:
@@ -361,7 +359,7 @@ class Site:
             reason = unpack(Abort, message.body).reason
             self._party.events.write("aborted", reason=reason)
             # the site whose own task failed leaves with its own error
-            raise self._failure or FederationError(f"the server has given up: {reason}")
+            raise self._tasks.failure or FederationError(f"the server has given up: {reason}")
         else:
             log.warning("unknown message skipped topic=%s", message.topic)
         return True
@@ -371,9 +369,9 @@ class Site:
         log.info("job %s job=%s reason=%s", done.state, done.job, done.reason)
         self._party.events.write(f"job {done.state}", job=done.job, **({"reason": done.reason} if done.reason else {}))
         self._held.forget(done.job)
-        self._answers.pop(done.job, None)
+        self._answers.forget(done.job)
         if done.job in self._jobs_left and done.state != "done":
-            raise self._failure or FederationError(f"job {done.job} has {done.state}: {done.reason}")
+            raise self._tasks.failure or FederationError(f"job {done.job} has {done.state}: {done.reason}")
         self._jobs_left.discard(done.job)
         return not self.jobs or bool(self._jobs_left)
 
@@ -388,9 +386,16 @@ class Site:
             executor.abandon(done.job)
 
     def _do(self, task: Task) -> None:
-        answer = self._answers.get(task.job)
-        if answer is None or answer.task != task.id:
-            answer = self._answers[task.job] = self._answer_to(task)
+        answer = self._answers.kept(task)
+        if answer is None:
+            try:
+                result = self._tasks.do(task, self._context)
+            except Exception as error:
+                # a full disk or a bug of ours: the server learns of it, and this process ends with it
+                self._reply(failure(task.id, f"{type(error).__name__}; its log says more"))
+                raise
+            executor = self.executors.get(task.name)
+            answer = self._answers.make(task, result, leaves=executor.leaves if executor else "control")
         if task.job not in self._dropped:
             self._reply(answer)
         with self._lock:
@@ -399,83 +404,7 @@ class Site:
             self._saved = time.monotonic()
             self._party.save()
 
-    def _answer_to(self, task: Task) -> _Answer:
-        """Do a task and put its result into the form in which it leaves."""
-        executor = self.executors.get(task.name)
-        result = self._result(task, executor)
-        try:
-            if task.delivery.kind == "lockstep":
-                result = self._keep_part(task, result)
-            body, tensors = encode(result)
-            payload = self._packer.pack(tensors, task.answer_scheme, feedback=task.feedback)
-        except FormatError as error:
-            return _failure(task.id, f"its model cannot be sent: {error}")
-        kind = "control" if executor is None or result.status is not Status.DONE else executor.leaves
-        if payload is None and kind in TENSOR_KINDS:
-            kind = "metrics"
-        in_file = payload is not None and task.delivery.kind == "file"
-        return _Answer(task.id, body, payload, kind, messages.UPDATE if in_file else messages.RESULT)
-
-    def _with_held(self, model: FLModel) -> FLModel:
-        """Add the parameters that the server knows to be here."""
-        if not model.held:
-            return model
-        held = self._held.model(model.held, model.current_round)
-        return msgspec.structs.replace(model, params={**model.params, **held})
-
-    def _keep_part(self, task: Task, result: Result) -> Result:
-        """Keep the parameters of a result for the exchange that they are a part of; return what leaves at once."""
-        # in an order that all sites have
-        tensors = {name: result.model.params[name] for name in sorted(result.model.params)}
-        payload = self._packer.pack(tensors, task.answer_scheme, feedback=task.feedback, prefix="")
-        if payload is not None:
-            self._held.keep_part(task.delivery, payload)
-        return msgspec.structs.replace(result, model=msgspec.structs.replace(result.model, params={}))
-
-    def _result(self, task: Task, executor: Executor | None) -> Result:
-        """Do a task, or say why not."""
-        refusal = ""
-        if executor is None:
-            refusal = f"this site's fedbio {__version__} knows no task {task.name!r}"
-        elif executor.kind not in self.allow:
-            refusal = (
-                f"the policy of {self.kit.party} does not allow {executor.kind!r} (allowed: {', '.join(self.allow)})"
-            )
-        elif task.answer_scheme not in (None, *self.quantization):
-            allowed = ", ".join(self.quantization) or "none"
-            refusal = f"the policy of {self.kit.party} lets no model leave as {task.answer_scheme} (allowed: {allowed})"
-        # what the server says of the job, and what it has come to
-        elif problem := self.policy.problem(task.workflow, max(task.rounds, task.model.current_round)):
-            refusal = f"the policy of {self.kit.party}: it {problem}"
-        if executor is None or refusal:
-            log.warning("task refused task=%s reason=%s", task.name, refusal)
-            self._party.events.write("task refused", task=task.name, reason=refusal)
-            return Result(task=task.id, status=Status.REFUSED, reason=refusal)
-        self._context.job = task.job
-        if self.prepare is not None:
-            self.prepare((task.workflow,))
-        started = time.monotonic()
-        try:
-            model = executor.execute(task, self.incoming(self._with_held(task.model), task=task.name), self._context)
-            result = Result(task=task.id, model=self.outgoing(model, task=task.name))
-        except FedbioError as error:
-            log.error("task failed task=%s reason=%s", task.name, error)
-            self._failure = error
-            result = Result(task=task.id, status=Status.FAILED, reason=_for_the_server(error))
-        except Exception as error:
-            # a full disk or a bug of ours: the server learns of it, and this process ends with it
-            self._reply(_failure(task.id, f"{type(error).__name__}; its log says more"))
-            raise
-        seconds = time.monotonic() - started
-        stage = executor.stage or executor.kind
-        self._party.record.seconds[stage] = self._party.record.seconds.get(stage, 0.0) + seconds
-        self._party.events.write(
-            "task done" if result.status is Status.DONE else "task failed",
-            task=task.name, id=task.id, job=task.job, round=task.model.current_round, seconds=round(seconds, 4),
-        )  # fmt: skip
-        return result
-
-    def _reply(self, answer: _Answer) -> None:
+    def _reply(self, answer: Answer) -> None:
         # a job that is done has all its metrics
         self._reporter.flush()
         refusal = ""
@@ -495,7 +424,7 @@ class Site:
             # the server need not wait for it until its deadline
             log.error("result given up reason=%s", refusal)
             self._party.events.write("result given up", reason=refusal)
-            self._reply(_failure(answer.task, refusal))
+            self._reply(failure(answer.task, refusal))
         return None
 
     def _say_goodbye(self) -> None:
@@ -518,32 +447,3 @@ class Site:
         size = sum(each.nbytes for each in items.values())
         self._party.ledger.add("activations", len(body) + size, topic=messages.SPLIT)
         self._endpoint.send(messages.SPLIT, body, ObjectPayload(items))
-
-    def _keep_file(self, received: Received) -> None:
-        """Keep a file that the server streamed, if it is what it is said to be."""
-        header = unpack(FileHeader, received.body)
-        if not (_PLAIN_NAME.fullmatch(header.name) and _DIGEST.fullmatch(header.group)) or received.payload is None:
-            raise ProtocolError(f"the server has sent a file under the name {header.name!r}; it is not kept")
-        path = self._context.received(header.group) / header.name
-        received.payload.save(path)
-        found = sha256_file(path)
-        self._party.events.write("file received", file=header.name, sha256=found, bytes=received.payload.size)
-        if found != header.sha256:
-            path.unlink()
-            raise DataError(
-                f"{header.name}: the server announced SHA-256 {header.sha256} and sent {found}; it is not kept"
-            )
-        log.info("file received file=%s bytes=%d sha256=%.12s", header.name, received.payload.size, found)
-
-
-def _failure(task: str, reason: str) -> _Answer:
-    """Return the answer of a site that has no result."""
-    body, _ = encode(Result(task=task, model=FLModel(), status=Status.FAILED, reason=reason))
-    return _Answer(task, body, None, "control")
-
-
-def _for_the_server(error: FedbioError) -> str:
-    """Return what may leave of a failure: a message about data can name a protein or quote it, and stays here."""
-    if isinstance(error, DataError):
-        return "its own data are refused; its log says where and why"
-    return str(error)

@@ -220,6 +220,7 @@ class SiteEndpoint(Endpoint):
                 log.warning("given up: %s", error)
                 session.end(str(error))
                 self._set(None, error)
+                self._callbacks.submit(lambda: self._on_connection(Presence.GONE))
                 return
             session = self._enter(welcome)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from fedbio.errors import FederationError, PeerUnreachable
+
 SITES = ("site-1", "site-2", "site-3")
 WIDTH = 200
 HIDDEN = "65536"
@@ -178,3 +180,31 @@ def test_new_process_of_a_site_gets_the_task_that_the_old_one_had(federation: An
     # who is asked for a sign of life because its successor is at the door need not be lost first
     seen = events(federation.folder / "server", "site joined", "site gone", site="site-1")
     assert [each["event"] for each in seen] == ["site joined", "site gone", "site joined", "site gone"]
+
+
+@pytest.mark.slow
+def test_site_that_has_lost_its_server_for_good_stops_what_it_does(federation: Any, wire: Wire, free_port: int) -> None:
+    """A script may train for hours: its site does not wait for a result that nobody takes."""
+    jobs = federation.jobs(rounds=1, round_deadline_s=5, min_sites=2)
+    stuck, stopped = threading.Event(), threading.Event()
+    fakes = federation.fakes()
+
+    def hold(model: Any, context: Any) -> Any:
+        stuck.set()
+        assert stopped.wait(30)
+        raise FederationError("stopped")
+
+    fakes["train"].answer = hold
+    fakes["train"].close = stopped.set
+    server = federation.start(federation.server(jobs, listen=f"127.0.0.1:{free_port}", driver="tcp"))
+    others = [
+        federation.start(federation.site(name, server=f"localhost:{free_port}", driver="tcp")) for name in SITES[1:]
+    ]
+    site = federation.start(federation.site("site-1", fakes, server=wire.address, driver="tcp", connect_deadline_s=2.0))
+    assert stuck.wait(30)
+    wire.close()
+    with pytest.raises(PeerUnreachable, match="not reached within 2 s"):
+        site.result(30)
+    assert stopped.is_set()
+    for each in (server, *others):
+        each.result(60)
