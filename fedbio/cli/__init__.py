@@ -25,6 +25,7 @@ from fedbio.errors import FedbioError
 
 COMMANDS = {
     "data": "List, fetch, check, make and split protein data sets.",
+    "encoder": "List, fetch, show and convert encoders.",
     "embed": "Embed a FASTA file into an HDF5 store.",
     "embeddings": "Look into embeddings files, merge and convert them.",
     "provision": "Make certificates and one start-up kit per party.",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 __all__ = ["Embed", "Weights"]
 
+import contextlib
 from pathlib import Path
 from typing import ClassVar
 
 from fedbio.federation.executor import Executor, SiteContext
+from fedbio.federation.job_files import PLAIN_NAME
 from fedbio.federation.model import FLModel, Task
 from fedbio.federation.workflows.study import Embedded, EmbedSpec, meta, read_meta
 from fedbio.files import sha256_file
@@ -78,4 +80,12 @@ def encoder_path(spec: EmbedSpec, context: SiteContext) -> str | Path:
     if not spec.files:
         return spec.name
     folder = context.received(spec.group)
-    return folder / spec.files[0].name if len(spec.files) == 1 else folder
+    if len(spec.files) == 1:
+        return folder / spec.files[0].name
+    # a Hugging Face folder does not say what it is called, so that it needs its name beside that of the group
+    alias = folder / spec.name
+    if not PLAIN_NAME.fullmatch(spec.name):
+        return folder
+    with contextlib.suppress(FileExistsError):
+        alias.symlink_to(".", target_is_directory=True)
+    return alias if alias.is_dir() else folder

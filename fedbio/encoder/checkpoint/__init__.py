@@ -8,15 +8,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from fedbio.encoder.checkpoint.archive import is_archive
 from fedbio.encoder.checkpoint.fair_esm import read_fair_esm
 from fedbio.encoder.checkpoint.huggingface import read_huggingface
 from fedbio.encoder.checkpoint.nemo import read_nemo
-from fedbio.encoder.checkpoint.pytorch import is_pytorch
 from fedbio.encoder.untrained import BUILT_IN, untrained_weights
-from fedbio.encoder_folders import look_into
+from fedbio.encoder_files import file_form, look_into
 from fedbio.encoder_names import find_encoder
-from fedbio.errors import FormatError
 from fedbio.weights import EncoderConfig, Weights, read_weights
 
 
@@ -68,11 +65,6 @@ def read_encoder(
         folder = look_into(path)
         read = read_weights(path) if folder.form == "fedbio" else read_huggingface(folder)
         return Loaded(*read, folder.form, path)
-    if is_pytorch(path):
+    if file_form(path) == "torch":
         return Loaded(*read_fair_esm(path), "fair-esm", path)
-    if is_archive(path):
-        return Loaded(*read_nemo(path), "nemo", path)
-    raise FormatError(
-        f"{path}: neither a torch file (fair-esm's .pt) nor a tar archive (BioNeMo's .nemo); "
-        "of safetensors give the folder, with its config.json"
-    )
+    return Loaded(*read_nemo(path), "nemo", path)

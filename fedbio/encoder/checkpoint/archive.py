@@ -6,7 +6,7 @@ data are.
 
 from __future__ import annotations
 
-__all__ = ["is_archive", "unpack_members"]
+__all__ = ["unpack_members"]
 
 import gzip
 import io
@@ -50,13 +50,6 @@ class _Pieces(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
-
-
-def is_archive(path: Path) -> bool:
-    """Whether a file begins as a gzip file or as a tar archive does."""
-    with open(path, "rb") as file:
-        start = file.read(512)
-    return start.startswith(_GZIP) or start[257:262] == b"ustar" or path.suffix == ".nemo"
 
 
 def unpack_members(path: Path, wanted: Mapping[str, tuple[Path, int]]) -> set[str]:

@@ -16,7 +16,7 @@ from fedbio.encoder.checkpoint.fair_esm import TOKEN_DROPOUT_SCALE
 from fedbio.encoder.checkpoint.layout import Layout, to_ours
 from fedbio.encoder.checkpoint.pytorch import load_pytorch
 from fedbio.encoder.checkpoint.state import State, make_config
-from fedbio.encoder_folders import EncoderFolder
+from fedbio.encoder_files import EncoderFolder
 from fedbio.errors import FormatError
 from fedbio.vocabularies import VOCABULARIES, VOCABULARY_FILE, check_vocabulary, read_pieces
 from fedbio.weights import CONFIG_FILE, EncoderConfig, Weights
@@ -59,7 +59,7 @@ MEGATRON_BERT = Layout(
 
 _TASKS = r"(?!embeddings\.|encoder\.|lm_head\.)|lm_head\.decoder\."
 """Heads of other tasks, a pooler and the like: beside the trunk, and without a part in hidden states."""
-_BUFFERS = r"embeddings\.position_ids$|encoder\.layer\.\d+\.attention\.self\.rotary_embeddings\.inv_freq$"
+_BUFFERS = r"embeddings\.position_ids$|encoder\.layer\.(\d+|\*)\.attention\.self\.rotary_embeddings\.inv_freq$"
 _ROTARY_LEFTOVER = r"embeddings\.position_embeddings\.weight$"
 """Files of the first ESM-2 conversions hold a table that rotary positions never use."""
 
@@ -85,7 +85,7 @@ def read_huggingface(folder: EncoderFolder) -> tuple[EncoderConfig, Weights]:
     for name in ("quantization_config", "is_folding_model", "is_decoder", "add_cross_attention"):
         if folder.config.get(name):
             raise FormatError(f"{where}: {name} is set; give a plain encoder")
-    tensors = _strip({name: tensor for path in folder.weights for name, tensor in _load(path).items()})
+    tensors = {_plain(name): tensor for path in folder.weights for name, tensor in _load(path).items()}
     files = str(folder.weights[0]) if len(folder.weights) == 1 else str(folder.path)
     return readers[kind](folder, settings, State(tensors, files))
 
@@ -114,7 +114,7 @@ class _Settings:
         """Return the fields that both models name alike."""
         named = self.get("_name_or_path", "")
         return {
-            "name": (PurePath(named).name if isinstance(named, str) else "") or folder.path.resolve().name,
+            "name": (PurePath(named).name if isinstance(named, str) else "") or folder.path.absolute().name,
             "trained": self.get("fedbio_trained", True),
             "layers": self["num_hidden_layers"],
             "heads": self["num_attention_heads"],
@@ -195,9 +195,13 @@ def _alphabet(folder: EncoderFolder, settings: _Settings) -> str:
     )
 
 
-def _strip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Leave out the name of the trunk, which models with a head write before its tensors."""
-    return {re.sub(r"^(esm|bert)\.", "", name): tensor for name, tensor in tensors.items()}
+def _plain(name: str) -> str:
+    """Leave out the name of the trunk, which models with a head write before its tensors, and old names of norms.
+
+    transformers 5 still writes an EsmModel's norms as ``gamma`` and ``beta``.
+    """
+    name = re.sub(r"^(esm|bert)\.", "", name)
+    return re.sub(r"(?<=\.LayerNorm\.)(gamma|beta)$", lambda old: {"gamma": "weight", "beta": "bias"}[old[0]], name)
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

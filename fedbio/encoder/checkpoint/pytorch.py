@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["is_pytorch", "load_pytorch"]
+__all__ = ["load_pytorch"]
 
 import argparse
 import os
@@ -14,17 +14,6 @@ from typing import Any
 import torch
 
 from fedbio.errors import FormatError
-
-_ZIP = b"PK\x03\x04"
-_PICKLE = b"\x80"
-"""How files of torch begin: since 1.6 they are zip archives, before that they were pickles one after the other."""
-
-
-def is_pytorch(path: Path) -> bool:
-    """Whether a file begins as files of ``torch.save`` do."""
-    with open(path, "rb") as file:
-        start = file.read(4)
-    return start == _ZIP or start[:1] == _PICKLE
 
 
 def load_pytorch(path: str | os.PathLike[str], *, where: str) -> Any:
@@ -47,15 +36,14 @@ def load_pytorch(path: str | os.PathLike[str], *, where: str) -> Any:
         If the file is damaged, wants to run code, or claims more numbers than it holds.
     """
     path = Path(path)
-    zipped = zipfile.is_zipfile(path)
+    with open(path, "rb") as file:  # a file that cannot be opened is not a damaged one
+        zipped = file.read(4) == b"PK\x03\x04"
     try:
         if zipped:
             _check_archive(path)
         # fair-esm stores its arguments as a Namespace, which torch refuses by default since 2.6
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (OSError, FormatError):
-        raise
     except Exception as error:  # a hostile pickle can fail in any way
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise FormatError(

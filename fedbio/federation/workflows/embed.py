@@ -7,13 +7,17 @@ __all__ = ["Embed"]
 import time
 from pathlib import Path
 
-from fedbio.errors import FederationError, ProtocolError, SettingsError, TransportError
+from fedbio.encoder_files import file_form, look_into
+from fedbio.encoder_names import KNOWN, cached_path, find_encoder
+from fedbio.errors import FederationError, InputError, ProtocolError, SettingsError, TransportError
 from fedbio.federation.controller import Controller, Runtime
+from fedbio.federation.job_files import PLAIN_NAME
 from fedbio.federation.messages import FileHeader
 from fedbio.federation.model import FLModel
 from fedbio.federation.workflows.study import Embedded, EmbedSpec, WeightsFile, meta, read_meta
 from fedbio.files import sha256_file
 from fedbio.settings import EmbedJob
+from fedbio.weights import ESM1NV
 
 
 class Embed(Controller):
@@ -77,24 +81,41 @@ class Embed(Controller):
 
 
 def encoder_files(name: str) -> list[Path]:
-    """Return the files of an encoder that is given by its path, and none for a built-in one.
+    """Return the files of an encoder that is given by its path or by a name in this machine's cache.
+
+    They are sent as they are, of whatever form, and each site reads them; so the server needs no torch.
+
+    Returns
+    -------
+    list of Path
+        None for a built-in architecture.
 
     Raises
     ------
     SettingsError
-        If the name looks like a path and nothing is there.
+        If the name looks like a path and nothing is there, if it is that of a checkpoint which is not in the cache, or
+        if sites could not keep a file under its name.
     """
-    path = Path(name)
-    if path.is_dir():
-        files = [path / part for part in ("config.json", "model.safetensors")]
-        absent = [each.name for each in files if not each.is_file()]
-        if absent:
+    if name == ESM1NV.name:
+        return []
+    if not Path(name).exists() and name not in KNOWN and cached_path(name) is None:
+        if "/" in name or Path(name).suffix in (".pt", ".nemo", ".safetensors"):
+            raise SettingsError(f"encoder.name: {name}: there is no such file or folder at the server; check the path")
+        return []  # an architecture of another release, perhaps: the sites will say
+    try:
+        path = find_encoder(name)
+        assert path is not None
+        if path.is_dir():
+            folder = look_into(path)
+            files = [*folder.weights, *folder.beside]
+        else:
+            file_form(path)
+            files = [path]
+    except InputError as error:
+        raise SettingsError(f"encoder.name: {error}") from error
+    for file in files:
+        if not PLAIN_NAME.fullmatch(file.name):
             raise SettingsError(
-                f"encoder.name: {path}: {' and '.join(absent)} missing; give a folder that fedbio wrote"
+                f"encoder.name: {file}: sites keep files under names of letters, digits, '.', '_' and '-'; rename it"
             )
-        return files
-    if path.is_file():
-        return [path]
-    if "/" in name or path.suffix in (".pt", ".safetensors"):
-        raise SettingsError(f"encoder.name: {name}: there is no such file or folder at the server; check the path")
-    return []
+    return files

@@ -1,8 +1,8 @@
-"""Which files make an encoder folder, ours or Hugging Face's, told by content and without torch."""
+"""Which files make an encoder, and of what form they are, told by content and without torch."""
 
 from __future__ import annotations
 
-__all__ = ["INDEX_SUFFIX", "EncoderFolder", "look_into"]
+__all__ = ["INDEX_SUFFIX", "EncoderFolder", "file_form", "look_into"]
 
 import json
 import re
@@ -21,6 +21,11 @@ _TORCH_FILE = "pytorch_model.bin"
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_JSON_BYTES = 16 << 20
 _MAX_SHARDS = 1000
+
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+"""How files of ``torch.save`` begin: since torch 1.6 zip archives, before that pickles one after the other."""
+_GZIP = b"\x1f\x8b"
+_TAR = slice(257, 262), b"ustar"
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,26 @@ class EncoderFolder:
     config: dict[str, Any]
     weights: tuple[Path, ...]
     beside: tuple[Path, ...]
+
+
+def file_form(path: Path) -> Literal["torch", "tar"]:
+    """Return what a checkpoint in one file is: of ``torch.save`` (fair-esm), or a tar archive, perhaps gzip (BioNeMo).
+
+    Raises
+    ------
+    FormatError
+        If it is neither.
+    """
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if start.startswith((_ZIP, _PICKLE)):
+        return "torch"
+    if start.startswith(_GZIP) or start[_TAR[0]] == _TAR[1]:
+        return "tar"
+    raise FormatError(
+        f"{path}: neither a torch file (fair-esm's .pt) nor a tar archive (BioNeMo's .nemo); "
+        "of safetensors give the folder, with its config.json"
+    )
 
 
 def look_into(folder: Path) -> EncoderFolder:
