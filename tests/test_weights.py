@@ -13,9 +13,11 @@ from safetensors.numpy import save_file
 
 from fedbio.errors import DataError, FormatError
 from fedbio.files import sha256_file
+from fedbio.vocabularies import VOCABULARIES
 from fedbio.weights import (
     EncoderConfig,
     Weights,
+    head_shapes,
     inference_shapes,
     read_config,
     read_weights,
@@ -53,6 +55,43 @@ def test_the_digest_is_that_of_the_weights_file(folder: Path, weights: Weights) 
 def test_the_digest_does_not_depend_on_order_or_on_a_language_model_head(weights: Weights) -> None:
     turned = dict(reversed(weights.items())) | {"lm_head.bias": np.zeros(30, np.float32)}
     assert weights_digest(turned) == weights_digest(weights)
+
+
+def test_a_folder_says_what_its_rows_stand_for(folder: Path, weights: Weights) -> None:
+    lines = (folder / "vocab.txt").read_text().splitlines()
+    assert lines[:7] == ["<unk>", "<s>", "</s>", "<pad>", "<mask>", "L", "A"]
+    assert len(lines) == 30
+    (folder / "vocab.txt").unlink()  # a folder of an older release
+    assert read_weights(folder)[0] == CONFIG
+    (folder / "vocab.txt").write_text(VOCABULARIES["esm"].text)
+    with pytest.raises(FormatError, match=r"vocab\.txt: the tokens of 'esm', but config\.json says 'esm1nv'"):
+        read_weights(folder)
+
+
+def test_a_language_model_head_is_whole_or_not_there(tmp_path: Path, weights: Weights) -> None:
+    head = {name: np.ones(shape, np.float32) for name, shape in head_shapes(CONFIG).items()}
+    write_weights(tmp_path / "a", CONFIG, weights | head)
+    assert read_weights(tmp_path / "a")[1].keys() == weights.keys() | head.keys()
+    del head["lm_head.norm.bias"]
+    with pytest.raises(DataError, match=r"tensor 'lm_head\.norm\.bias' is missing; one needs it with shape \[8\]"):
+        write_weights(tmp_path / "b", CONFIG, weights | head)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("layers", 10**12, r"<= 1024"),
+        ("width", 10**9, r"<= 65536"),
+        ("vocabulary", 29, "a token table of 29 rows is too small for the alphabet 'esm1nv'"),
+    ],
+)
+def test_a_hostile_size_is_refused_before_anything_is_made_of_it(
+    folder: Path, key: str, value: int, message: str
+) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(FormatError, match=message):
+        read_weights(folder)
 
 
 def test_the_digest_changes_with_one_bit(weights: Weights) -> None:
