@@ -73,22 +73,25 @@ class EncoderInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     width : int
         Length of an embedding, D.
     pooling : str
-        ``"mean"``: the average over residues.
+        ``"mean"``: the average over residues; ``"max"``: their maximum; ``"start"``: the start token, and of several
+        windows the average of theirs; ``"residues"``: none, there is a row per residue.
     layer : int
-        Number of the transformer layer whose output is pooled, counted from 1.
+        Number of the transformer layer whose output is pooled, counted from 1; 0 is the input of the first. The last
+        one's output has passed the final norm.
     dtype : str
-        ``"float32"`` or ``"bfloat16"``: the arithmetic of inference.
+        ``"float32"``, ``"bfloat16"`` or ``"int8"`` (of linear maps only): the arithmetic of inference.
     max_residues : int
         The longest protein, in residues, that the encoder takes whole.
     long : str
-        What was done with longer ones: ``"cut"`` or ``"window"``.
+        What was done with longer ones: ``"window"``, they were covered by overlapping windows in which each residue
+        counts once, or ``"cut"``, only their beginning was used.
     """
 
     name: str
     weights_sha256: str
     trained: bool
     width: int
-    pooling: str
+    pooling: Literal["mean", "max", "start", "residues"]
     layer: int
     dtype: str
     max_residues: int

@@ -50,10 +50,14 @@ class EncoderSettings(Section):
     """SHA-256 that the weights must have; null takes them as they are and records it."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the random weights of a built-in architecture."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of inference; auto takes bfloat16 where the hardware has it."""
-    long: Literal["cut", "window"] = "cut"
-    """What to do with proteins longer than the encoder takes: cut the end off, or average overlapping windows."""
+    pooling: Literal["mean", "max", "start"] = "mean"
+    """How the vectors of residues become one: their average, their maximum, or that of the start token."""
+    layer: Annotated[int, Field(ge=0)] | None = None
+    """The layer whose output is taken, 0 for the input of the first; null takes the last."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Arithmetic of inference; auto takes bfloat16 where the hardware has it, int8 is for CPUs and less exact."""
+    long: Literal["cut", "window"] = "window"
+    """What to do with proteins longer than the encoder takes: pool over overlapping windows, or cut the end off."""
 
 
 class TrainingSettings(Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbio.embeddings import Embeddings, EmbeddingsWriter, sequence_digest, write_embeddings
+from fedbio.embeddings import Embeddings, sequence_digest, write_embeddings
 from fedbio.errors import DataError, FormatError
 from fedbio.results import EncoderInfo
 
@@ -130,8 +129,11 @@ def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
 
 def test_ids_given_twice_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.h5", ids=["x"] * N)
-    with pytest.raises(FormatError, match=r"a\.h5: some ids stand there twice"):
-        Embeddings.open(tmp_path / "a.h5")
+    with (
+        Embeddings.open(tmp_path / "a.h5") as embeddings,
+        pytest.raises(FormatError, match=r"a\.h5: some ids stand there twice"),
+    ):
+        embeddings.rows(["x"])
 
 
 @pytest.mark.parametrize("keep", [0, 4, 2000])
@@ -147,49 +149,59 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
         Embeddings.open(tmp_path / "a.h5")
 
 
-def test_shards_survive_and_come_back_in_order(tmp_path: Path) -> None:
-    def writer() -> EmbeddingsWriter:
-        return EmbeddingsWriter(tmp_path / "a.h5", info=INFO, work="w", rows=N)
-
-    first = writer()
-    first.append(VECTORS[:100])
-    first.flush()
-    first.append(VECTORS[100:250])
-    first.append(VECTORS[250:300])
-    first.flush()
-    first.append(VECTORS[300:400])  # never flushed
-    second = writer()
-    assert second.done == 300
-    second.append(VECTORS[300:])
-    places = np.array([599, 0, 299, 300, 99, 100])
-    np.testing.assert_array_equal(second.take(places), VECTORS[places])
-    second.remove()
-    assert list(tmp_path.iterdir()) == []
+def write_residues(path: Path, **changes: Any) -> Path:
+    content: dict[str, Any] = {
+        "info": msgspec.structs.replace(INFO, pooling="residues"),
+        "ids": ["a", "b", "c"],
+        "lengths": [3, 1, 2],
+        "digests": [sequence_digest(name) for name in "abc"],
+        "blocks": [VECTORS[:6]],
+        "pointers": np.array([0, 3, 4, 6]),
+    }
+    write_embeddings(path, **(content | changes))
+    return path
 
 
-def test_shards_without_their_manifest_are_not_trusted(tmp_path: Path) -> None:
-    for work in ("old", "new"):
-        writer = EmbeddingsWriter(tmp_path / "a.h5", info=INFO, work=work, rows=N)
-        assert writer.done == 0
-        writer.append(VECTORS[:100])
-        writer.flush()
-        (tmp_path / "a.h5.parts" / "manifest.json").unlink()
-    assert EmbeddingsWriter(tmp_path / "a.h5", info=INFO, work="new", rows=N).done == 0
-    assert EmbeddingsWriter(tmp_path / "a.h5", info=INFO, work="new", rows=N).done == 0
+def test_rows_per_residue_are_one_matrix_with_pointers(tmp_path: Path) -> None:
+    with h5py.File(write_residues(tmp_path / "a.h5"), "r") as file:
+        assert file["embeddings"].shape == (6, 4)
+        assert (file["pointers"].dtype, file["pointers"][:].tolist()) == (np.int64, [0, 3, 4, 6])
+        first, last = file["pointers"][1:3]
+        np.testing.assert_array_equal(file["embeddings"][first:last], VECTORS[3:4])
+    with Embeddings.open(tmp_path / "a.h5") as embeddings:
+        assert len(embeddings) == 3
+        np.testing.assert_array_equal(embeddings.residues("a"), VECTORS[:3])
+        np.testing.assert_array_equal(embeddings.residues("c"), VECTORS[4:6])
+        np.testing.assert_array_equal(np.concatenate(list(embeddings.blocks())), VECTORS[:6])
+        with pytest.raises(
+            DataError, match=r"a\.h5: has one row per residue, and one per protein is needed; embed again"
+        ):
+            embeddings.rows(["a"])
+        with pytest.raises(DataError, match="1 of 1 proteins have no embedding, first 'x'"):
+            embeddings.residues("x")
+    with (
+        Embeddings.open(write(tmp_path / "b.h5")) as embeddings,
+        pytest.raises(DataError, match=r"has one row per protein, by pooling 'mean'; embed with `--pooling residues`"),
+    ):
+        embeddings.residues(IDS[0])
 
 
-def test_shards_that_hold_much_are_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EmbeddingsWriter, "SHARD_BYTES", 100 * 16)
-    writer = EmbeddingsWriter(tmp_path / "a.h5", info=INFO, work="w", rows=N)
-    for first in range(0, 300, 60):
-        writer.append(VECTORS[first : first + 60])
-    assert writer.done == 240
+@pytest.mark.parametrize("pointers", [[0, 3, 4, 7], [0, 4, 3, 6], [1, 3, 4, 6], [0, 3, 6]])
+def test_pointers_that_do_not_fit_are_refused(tmp_path: Path, pointers: list[int]) -> None:
+    write_residues(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        del file["pointers"]
+        file["pointers"] = pointers
+    with pytest.raises(FormatError, match=r"a\.h5: (dataset /pointers does not fit 3 ids|3 ids of width 4 do not fit)"):
+        Embeddings.open(tmp_path / "a.h5")
 
 
-def test_a_manifest_of_unknown_form_is_named(tmp_path: Path) -> None:
-    EmbeddingsWriter(tmp_path / "a.h5", info=INFO, work="w", rows=N)
-    path = tmp_path / "a.h5.parts" / "manifest.json"
-    for content in ("", "[]", json.dumps({"format": "x"})):
-        path.write_text(content)
-        with pytest.raises(FormatError, match=r"manifest\.json: damaged; delete the folder a\.h5\.parts"):
-            EmbeddingsWriter(tmp_path / "a.h5", info=INFO, work="w", rows=N)
+def test_heads_come_in_order_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.h5")
+    monkeypatch.setattr("fedbio.embeddings.reading.HEADS", 250)
+    with Embeddings.open(tmp_path / "a.h5") as embeddings:
+        heads = list(embeddings.heads())
+    assert [len(some.ids) for some in heads] == [250, 250, 100]
+    assert [name for some in heads for name in some.ids] == IDS
+    assert np.concatenate([some.lengths for some in heads]).tolist() == list(range(1, N + 1))
+    assert heads[2].digests[99].tobytes() == sequence_digest(IDS[-1])

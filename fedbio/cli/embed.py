@@ -20,24 +20,50 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("source", type=Path, metavar="FILE", help="proteins: FASTA, CSV or TSV, plain or .gz")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="EMB.h5", help="embeddings file to make")
-    parser.add_argument("--encoder", default="esm1nv-44m", help="built-in name, encoder folder, or fair-esm .pt file")
+    parser.add_argument(
+        "--encoder", default="esm1nv-44m", help="built-in name, name in the cache, checkpoint file or folder"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights of an untrained encoder")
     parser.add_argument("--sha256", metavar="DIGEST", help="digest that the weights must have")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="arithmetic")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:NUMBER")
+    parser.add_argument(
+        "--pooling",
+        choices=["mean", "max", "start", "residues"],
+        default="mean",
+        help="average over residues, their maximum, the start token, or one row per residue (large)",
+    )
+    parser.add_argument(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="layer whose output is taken, 0 for the input of the first (default: last)",
+    )
     parser.add_argument(
         "--long",
-        choices=["cut", "window"],
-        default="cut",
-        help="longer proteins: use their beginning, or average overlapping windows",
+        choices=["window", "cut"],
+        default="window",
+        help="proteins longer than the encoder takes: pool over overlapping windows, or use their beginning",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "int8"],
+        default="auto",
+        help="arithmetic; auto takes bfloat16 where the hardware has it",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:NUMBER, or several like cuda:0,cuda:1, a process each"
     )
     parser.add_argument("--batch-residues", type=int, metavar="N", help="the most tokens in a pack")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all that are allowed)")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="the most memory of this process, like 2G or 800M (default: as it comes)"
+    )
     parser.add_argument("--reuse", type=Path, metavar="EMB.h5", help="take rows of the same encoder from this file")
     parser.add_argument("--classes", metavar="A,B", help="the labels that are known (default: the ten compartments)")
     parser.add_argument("--labels", type=Path, metavar="CSV", help="table of labels beside the proteins")
     parser.add_argument("--skip-invalid", action="store_true", help="leave wrong records out instead of stopping")
-    parser.add_argument("--dry-run", action="store_true", help="only estimate time and memory, by a short measurement")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only estimate time, memory and disk, by a short measurement"
+    )
     parser.add_argument("--wait", action="store_true", help="wait for another process that works on EMB.h5")
     parser.add_argument("--label", default="embedding", help="what the progress line says")
 
@@ -71,21 +97,28 @@ def _estimate(args: argparse.Namespace) -> dict[str, Any]:
     estimate = estimate_file(
         args.source,
         EncoderChoice(**_choice(args)),
+        folder=args.output.parent,
         labels=args.labels,
         classes=named_classes(args.classes),
         skip_invalid=args.skip_invalid,
     )
     if not args.json:
+        encoder = estimate.encoder
+        longer = f"{estimate.longer:,} proteins longer than {encoder.max_residues} residues"
+        what = {"cut": "are cut", "window": f"are covered by windows, {estimate.pieces:,} pieces in all"}[encoder.long]
         print(
-            f"{args.source}: {estimate.proteins:,} proteins, {estimate.residues:,} residues, "
-            f"{estimate.longer:,} proteins longer than {estimate.encoder.max_residues} residues\n"
+            f"{args.source}: {estimate.proteins:,} proteins, {estimate.residues:,} residues; {longer} {what}\n"
             f"about {estimate.seconds:,.0f} s on {estimate.device} ({estimate.residues_per_second:,.0f} residues/s), "
-            f"{estimate.memory_bytes / 2**30:.1f} GiB of memory, {estimate.disk_bytes / 2**20:,.0f} MiB of disk"
+            f"{estimate.memory_bytes / 2**30:.1f} GiB of memory, {estimate.disk_bytes / 2**20:,.0f} MiB of disk, "
+            f"of which {estimate.file_bytes / 2**20:,.0f} MiB stay ({encoder.pooling} of layer {encoder.layer})"
         )
     return {**asdict(estimate), "encoder": msgspec.structs.asdict(estimate.encoder)}
 
 
 def _choice(args: argparse.Namespace) -> dict[str, Any]:
     """Which encoder and how it shall compute, as both `embed_file` and `EncoderChoice` name it."""
-    names = ("encoder", "seed", "dtype", "device", "long", "batch_residues", "threads")
-    return {"expected_sha256": args.sha256, **{name: getattr(args, name) for name in names}}
+    from fedbio.encoder.memory import read_size
+
+    names = ("encoder", "seed", "dtype", "device", "long", "pooling", "layer", "batch_residues", "threads")
+    memory = read_size(args.memory) if args.memory else None
+    return {"expected_sha256": args.sha256, "memory": memory, **{name: getattr(args, name) for name in names}}

@@ -31,7 +31,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--embeddings", type=Path, metavar="EMB.h5", help="take embeddings from here; made if it is not there"
     )
     parser.add_argument(
-        "--dtype", choices=["model", "auto", "float32", "bfloat16"], default="model", help="arithmetic of the encoder"
+        "--dtype",
+        choices=["model", "auto", "float32", "bfloat16", "int8"],
+        default="model",
+        help="arithmetic of the encoder",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:NUMBER")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all that are allowed)")
@@ -82,6 +85,8 @@ def _embed(args: argparse.Namespace, output: Path, trained_with: EncoderInfo) ->
             dtype=trained_with.dtype if args.dtype == "model" else args.dtype,
             device=args.device,
             long=trained_with.long,
+            pooling=trained_with.pooling,
+            layer=trained_with.layer,
             threads=args.threads,
             skip_invalid=args.skip_invalid,
         )

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 __all__ = ["EmbedReport", "embed_file"]
 
-import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedbio.compartments import COMPARTMENTS
-from fedbio.embeddings import Embeddings, EmbeddingsWriter, check_same_encoder, write_embeddings
-from fedbio.encoder.packs import Plan
+from fedbio.embeddings import RESIDUES, Embeddings, Parts, check_same_encoder, write_stream
+from fedbio.encoder.compute import compute
+from fedbio.encoder.inference import Pooling
+from fedbio.encoder.memory import check_memory
+from fedbio.encoder.room import check_room, clear_leftovers
 from fedbio.encoder.rows import Assembly, KnownRows
-from fedbio.encoder.setup import EncoderChoice, Setup, Source, StrPath
+from fedbio.encoder.setup import EncoderChoice, Setup
+from fedbio.encoder.source import Source, StrPath
+from fedbio.encoder.work import Work, count_residues
+from fedbio.encoder.workers import choose_devices, compute_with_workers
 from fedbio.errors import DataError
 from fedbio.files import exclusive_lock
 from fedbio.progress import Progress
@@ -66,9 +72,12 @@ def embed_file(
     expected_sha256: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    long: Literal["cut", "window"] = "cut",
+    long: Literal["cut", "window"] = "window",
+    pooling: Pooling = "mean",
+    layer: int | None = None,
     batch_residues: int | None = None,
     threads: int | None = None,
+    memory: int | None = None,
     reuse: StrPath | None = None,
     label: str = "embedding",
     wait: bool = False,
@@ -83,22 +92,31 @@ def embed_file(
     source : path-like
         Anything that `fedbio.proteins.read` reads.
     output : path-like
-        The embeddings file to make; if it is there and holds these proteins, nothing is done.
+        The embeddings file to make. If it is there and holds these proteins, nothing is done; if it holds most of
+        what it held before, it is brought up to date.
     encoder : str or path-like
-        A built-in architecture, an encoder folder, or a fair-esm file.
+        What `fedbio.encoder.load_encoder_weights` takes: a built-in architecture, a checkpoint, a name in the cache.
     seed : int
         Of the random weights of a built-in architecture.
     expected_sha256 : str, optional
         Digest that the weights must have.
-    dtype, device : str
-        See `fedbio.encoder.inference`.
-    long : {"cut", "window"}
-        What to do with proteins longer than the encoder takes: use their beginning, or average overlapping windows.
+    dtype : str
+        See `fedbio.encoder.inference.choose_dtype`.
+    device : str
+        See `fedbio.encoder.workers.choose_devices`; of several, each gets a process of its own.
+    long : {"window", "cut"}
+        What to do with proteins longer than the encoder takes: pool over overlapping windows, or use their beginning.
+    pooling : {"mean", "max", "start", "residues"}
+        The average over residues, their maximum, the start token (its average over windows), or a row per residue.
+    layer : int, optional
+        The layer whose output is taken, 0 for the input of the first; by default the last.
     batch_residues : int, optional
-        The most tokens in a pack, by default `fedbio.encoder.setup.BATCH_RESIDUES`. Part of the plan: another number
-        may change the last bits of the result.
+        The most tokens in a pack, by default `fedbio.encoder.setup.BATCH_RESIDUES`, or less as `memory` needs it. Part
+        of the plan: another number may change the last bits of the result.
     threads : int, optional
         CPU threads; by default as many as this process may use.
+    memory : int, optional
+        The most bytes of memory that this process shall take.
     reuse : path-like, optional
         An embeddings file of the same encoder whose rows are taken for the sequences that it holds.
     label : str
@@ -119,27 +137,38 @@ def embed_file(
     DataError
         If `output` or `reuse` were made with another encoder, or `output` holds other proteins.
     MachineError
-        If another process works on `output`, the disk is full, or the device is missing.
+        If another process works on `output`, the disk is full or too small, `memory` is too little, or the device is
+        missing.
     """
     started = time.perf_counter()
     target = Path(output)
-    setup = Setup(EncoderChoice(encoder, seed, expected_sha256, dtype, device, long, batch_residues, threads))
-    proteins = Source(source, labels=labels, classes=classes, skip_invalid=skip_invalid)
-    longer = proteins.longer_than(setup.info.max_residues)
-    if longer:
-        what = "cut to" if long == "cut" else "averaged over windows of"
-        log.warning(
-            "long proteins %s %d residues proteins=%d of=%d", what, setup.info.max_residues, longer, len(proteins.ids)
+    setup = Setup(
+        EncoderChoice(
+            encoder, seed, expected_sha256, dtype, device, long, pooling, layer, batch_residues, threads, memory
         )
-    with exclusive_lock(target.with_name(f".{target.name}.lock"), str(target), wait=wait):
-        if target.exists() and _is_finished(target, proteins, setup.info, reuse):
+    )
+    with (
+        exclusive_lock(target.with_name(f".{target.name}.lock"), str(target), wait=wait),
+        Source(
+            source, target.parent, label=f"{label}: reading", labels=labels, classes=classes, skip_invalid=skip_invalid
+        ) as proteins,
+    ):
+        check_memory(len(proteins), setup.needed_bytes, memory)
+        longer = proteins.longer_than(setup.info.max_residues)
+        if longer:
+            what = "cut to" if long == "cut" else "covered by windows of"
+            log.warning(
+                "long proteins %s %d residues proteins=%d of=%d", what, setup.info.max_residues, longer, len(proteins)
+            )
+        clear_leftovers(target)
+        if target.exists() and _is_finished(target, proteins, setup.info):
             log.info("nothing to do, these proteins are embedded file=%s", target)
-            reused, resumed = len(proteins.ids), 0
+            reused, resumed = len(proteins), 0
         else:
-            reused, resumed = _embed(target, setup, proteins, reuse, label)
+            reused, resumed = _embed(target, setup, proteins, Path(reuse) if reuse else None, label)
     return EmbedReport(
-        proteins=len(proteins.ids),
-        residues=sum(proteins.lengths),
+        proteins=len(proteins),
+        residues=proteins.residues,
         cut=longer if long == "cut" else 0,
         windowed=longer if long == "window" else 0,
         reused=reused,
@@ -149,55 +178,64 @@ def embed_file(
     )
 
 
-def _is_finished(target: Path, proteins: Source, info: EncoderInfo, reuse: StrPath | None) -> bool:
+def _is_finished(target: Path, proteins: Source, info: EncoderInfo) -> bool:
     with Embeddings.open(target) as there:
         check_same_encoder(there.info, info, where=str(target), remedy="give another output, or delete this one")
-        if proteins.is_in(there):
-            # a run that was killed after its last step left them
-            shutil.rmtree(EmbeddingsWriter.folder_of(target), ignore_errors=True)
-            return True
-    if reuse is not None and target.samefile(reuse):
-        return False
-    raise DataError(
-        f"{target}: holds the embeddings of other proteins; give another output, "
-        f"or reuse {target} itself (--reuse) to keep the rows that fit"
-    )
+        if not proteins.is_in(there):
+            return False
+    # a run that was killed after its last step left them
+    shutil.rmtree(Parts.folder_of(target), ignore_errors=True)
+    return True
 
 
-def _embed(target: Path, setup: Setup, proteins: Source, reuse: StrPath | None, label: str) -> tuple[int, int]:
+def _embed(target: Path, setup: Setup, proteins: Source, reuse: Path | None, label: str) -> tuple[int, int]:
     """Make the embeddings file; returns how many proteins were reused and how many sequences resumed."""
-    with KnownRows(reuse, setup.info) as known:
-        fresh = [digest for digest in proteins.sequences if digest not in known.places]
-        sequences = [proteins.sequences[digest] for digest in fresh]
-        plan = setup.plan(sequences)
-        writer = EmbeddingsWriter(target, info=setup.info, work=_name_work(fresh, setup.budget), rows=len(plan.protein))
-        resumed = writer.done
-        if resumed < len(plan.protein):
-            _compute(setup, sequences, plan, writer, label)
-        write_embeddings(
+    if target.exists() and reuse is not None and not target.samefile(reuse):
+        raise DataError(f"{target}: holds the embeddings of other proteins; give another output, or delete this one")
+    with KnownRows(target if target.exists() else reuse, setup.info, proteins) as known:
+        if target.exists():
+            _check_update(target, proteins, known, asked=reuse is not None)
+        work = Work(proteins.distinct.those(known.places < 0), setup.info, budget=setup.budget)
+        name = work.name(_fresh_digests(proteins, known))
+        parts = Parts(target, info=setup.info, work=name, rows=work.rows)
+        rows = count_residues(proteins.lengths, setup.info) if setup.info.pooling == RESIDUES else None
+        check_room(target, setup.info, proteins=len(proteins), rows=rows, waiting=work.rows - parts.done)
+        assembly = Assembly(proteins, known, work, parts)
+        resumed = assembly.begun()
+        if parts.done < work.rows:
+            with Progress(label, total=work.residues, unit="residues") as progress:
+                devices = choose_devices(setup.choice.device, work.residues)
+                if len(devices) > 1:
+                    compute_with_workers(setup, devices, work, name, parts, target, progress.advance)
+                else:
+                    compute(setup.inference(), work, parts, progress.advance)
+        write_stream(
             target,
             info=setup.info,
-            ids=proteins.ids,
-            lengths=proteins.lengths,
-            digests=proteins.digests,
-            blocks=Assembly(fresh, plan, writer, known).blocks(proteins.digests),
+            proteins=len(proteins),
+            heads=proteins.heads(),
+            blocks=assembly.blocks(),
+            pointers=None if rows is None else np.concatenate([[0], np.cumsum(rows)]),
         )
-        writer.remove()
-        return sum(digest in known.places for digest in proteins.digests), len(np.unique(plan.protein[:resumed]))
+        parts.remove()
+        return int((known.places[proteins.numbers] >= 0).sum()), resumed
 
 
-def _name_work(digests: Sequence[bytes], budget: int) -> str:
-    """Name a piece of work by all that its vectors and their order depend on, besides the encoder."""
-    return hashlib.sha256(b"packs 1 %d " % budget + b"".join(digests)).hexdigest()
+def _check_update(target: Path, proteins: Source, known: KnownRows, *, asked: bool) -> None:
+    """Bring an output up to date if most of it stays; what looks like another file is not replaced unasked."""
+    if not asked and 2 * known.found < known.stored:
+        raise DataError(
+            f"{target}: holds the embeddings of other proteins: of its {known.stored:,} sequences {known.found:,} are "
+            f"here; give another output, or bring it up to date nevertheless with `--reuse {target}`"
+        )
+    log.info(
+        "output brought up to date file=%s kept=%d new=%d left_out=%d",
+        target, known.found, len(proteins.distinct) - known.found, known.stored - known.found,
+    )  # fmt: skip
 
 
-def _compute(setup: Setup, sequences: Sequence[bytes], plan: Plan, writer: EmbeddingsWriter, label: str) -> None:
-    """Compute the packs that the writer does not hold yet; it holds whole packs only."""
-    inference = setup.inference()
-    residues = plan.end - plan.begin
-    with Progress(label, total=plan.residues, unit="residues") as progress:
-        progress.advance(int(residues[: writer.done].sum()))
-        for number in range(int(np.searchsorted(plan.packs, writer.done)), len(plan.packs) - 1):
-            writer.append(inference.pack(sequences, plan, number))
-            progress.advance(int(residues[plan.packs[number] : plan.packs[number + 1]].sum()))
-        writer.flush()
+def _fresh_digests(proteins: Source, known: KnownRows) -> Iterator[NDArray[np.uint8]]:
+    first = 0
+    for digests in proteins.distinct_digests():
+        yield digests[known.places[first : first + len(digests)] < 0]
+        first += len(digests)

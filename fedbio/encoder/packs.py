@@ -6,7 +6,7 @@ broken off, so the same call gives the same bytes whenever it is repeated.
 
 from __future__ import annotations
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["ENDS", "Plan", "count_pieces", "make_plan"]
 
 import itertools
 from collections.abc import Sequence
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 ENDS = 2
 """Tokens that stand around a piece: start and end."""
+
+Integers = NDArray[np.int32] | NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,12 @@ class Plan:
         return int((self.end - self.begin).sum())
 
 
-def make_plan(lengths: Sequence[int], *, max_residues: int, windows: bool, budget: int) -> Plan:
+def make_plan(lengths: Sequence[int] | Integers, *, max_residues: int, windows: bool, budget: int) -> Plan:
     """Plan how to embed proteins of given lengths.
 
     Parameters
     ----------
-    lengths : sequence of int
+    lengths : sequence of int, or ndarray, shape (n,)
         Residues of each protein, all at least 1.
     max_residues : int
         The longest piece that the encoder takes.
@@ -65,29 +67,41 @@ def make_plan(lengths: Sequence[int], *, max_residues: int, windows: bool, budge
     Notes
     -----
     Windows overlap by at least a quarter and are spread evenly; the border between the residues that count in one
-    and in the next lies in the middle of their overlap.
+    and in the next lies in the middle of their overlap. So each residue counts in the window in which it is farthest
+    from a cut.
     """
-    rows = []
-    for protein, length in enumerate(lengths):
-        if length <= max_residues or not windows:
-            stop = min(length, max_residues)
-            rows.append((protein, 0, stop, 0, stop))
-        else:
-            rows += [(protein, *window) for window in _windows(length, max_residues)]
-    pieces = np.array(rows, dtype=np.int64).reshape(-1, 5)
+    whole = np.asarray(lengths, dtype=np.int64)
+    long = np.flatnonzero(whole > max_residues) if windows else np.empty(0, dtype=np.int64)
+    short = np.setdiff1d(np.arange(len(whole)), long, assume_unique=True)
+    pieces = np.zeros((5, len(short)), dtype=np.int64)  # protein, begin, end, pool_begin, pool_end
+    pieces[0] = short
+    pieces[2] = pieces[4] = np.minimum(whole[short], max_residues)
+    cut = [(protein, *window) for protein in long.tolist() for window in _windows(int(whole[protein]), max_residues)]
+    if cut:
+        pieces = np.concatenate([pieces, np.array(cut, dtype=np.int64).T], axis=1)
+        pieces = pieces[:, np.argsort(pieces[0], kind="stable")]
     # longest first: what needs most memory is met at once; stable, so that equal lengths keep the input's order
-    pieces = pieces[np.argsort(pieces[:, 1] - pieces[:, 2], kind="stable")]
+    pieces = pieces[:, np.argsort(pieces[1] - pieces[2], kind="stable")]
     packs = [0]
     tokens = 0
-    for place, length in enumerate((pieces[:, 2] - pieces[:, 1] + ENDS).tolist()):
+    for place, length in enumerate((pieces[2] - pieces[1] + ENDS).tolist()):
         if tokens and tokens + length > budget:
             packs.append(place)
             tokens = 0
         tokens += length
-    if len(pieces):
-        packs.append(len(pieces))
-    protein, begin, end, pool_begin, pool_end = np.ascontiguousarray(pieces.T)
+    if pieces.shape[1]:
+        packs.append(pieces.shape[1])
+    protein, begin, end, pool_begin, pool_end = pieces
     return Plan(protein, begin, end, pool_begin, pool_end, np.array(packs, dtype=np.int64))
+
+
+def count_pieces(lengths: Integers, *, max_residues: int, windows: bool) -> NDArray[np.int64]:
+    """Return into how many pieces `make_plan` cuts each protein, shape (n,)."""
+    if not windows:
+        return np.ones(len(lengths), dtype=np.int64)
+    overlap = max_residues // 4
+    needed = -(-(lengths.astype(np.int64) - overlap) // (max_residues - overlap))
+    return np.where(lengths > max_residues, needed, 1)
 
 
 def _windows(length: int, size: int) -> list[tuple[int, int, int, int]]:

@@ -1,23 +1,43 @@
-"""Put the rows of the finished file together: means from the sums of pieces, and rows from an earlier file."""
+"""Put the rows of the finished file together: proteins from their pieces, and rows from an earlier file."""
 
 from __future__ import annotations
 
 __all__ = ["Assembly", "KnownRows"]
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbio.embeddings import CHUNK_ROWS, Embeddings, EmbeddingsWriter, check_same_encoder
-from fedbio.encoder.packs import Plan
-from fedbio.encoder.setup import StrPath
+from fedbio.embeddings import CHUNK_ROWS, RESIDUES, Embeddings, Parts, check_same_encoder
+from fedbio.encoder.source import Source
+from fedbio.encoder.work import Work
+from fedbio.proteins.keys import KEY_BYTES, KeyTable
 from fedbio.results import EncoderInfo
+
+_BLOCK_BYTES = 8 * 2**20
+"""So much is read of rows per residue at once."""
 
 
 class KnownRows:
-    """Rows of an earlier embeddings file by the digest of their sequence; empty without a file.
+    """Which sequences of a source an earlier embeddings file holds; none without a file.
+
+    Parameters
+    ----------
+    path : Path or None
+    info : EncoderInfo
+        Of the encoder that must have made it.
+    source : Source
+
+    Attributes
+    ----------
+    places : ndarray, shape (distinct sequences,), int64
+        The protein of the file that has the sequence, or -1.
+    stored : int
+        How many distinct sequences the file holds.
 
     Raises
     ------
@@ -25,14 +45,34 @@ class KnownRows:
         If the file was made with another encoder.
     """
 
-    def __init__(self, path: StrPath | None, info: EncoderInfo) -> None:
-        self.places: dict[bytes, int] = {}
-        self._file: Embeddings | None = None
-        if path is not None:
-            self._file = Embeddings.open(path)
-            remedy = "give the encoder that made it, or do without reusing it"
-            check_same_encoder(self._file.info, info, where=str(path), remedy=remedy)
-            self.places = {digest.tobytes(): place for place, digest in enumerate(self._file.digests)}
+    def __init__(self, path: Path | None, info: EncoderInfo, source: Source) -> None:
+        self.places = np.full(len(source.distinct), -1, dtype=np.int64)
+        self.stored = 0
+        self.file: Embeddings | None = None
+        if path is None:
+            return
+        self.file = Embeddings.open(path)
+        remedy = "give the settings that made it, or do without reusing it"
+        check_same_encoder(self.file.info, info, where=str(path), remedy=remedy)
+        table, firsts, place = KeyTable(), array("q"), 0
+        for heads in self.file.heads():
+            for digest in heads.digests:
+                if table.add(digest[:KEY_BYTES].tobytes()) == len(firsts):
+                    firsts.append(place)
+                place += 1
+        self.stored = len(firsts)
+        number = 0
+        for digests in source.distinct_digests():
+            for digest in digests:
+                found = table.find(digest[:KEY_BYTES].tobytes())
+                if found >= 0:
+                    self.places[number] = firsts[found]
+                number += 1
+
+    @property
+    def found(self) -> int:
+        """How many distinct sequences of the source are in the file."""
+        return int((self.places >= 0).sum())
 
     def __enter__(self) -> KnownRows:
         return self
@@ -40,63 +80,110 @@ class KnownRows:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def take(self, digests: Sequence[bytes]) -> NDArray[np.float32]:
-        """Return the rows of some sequences that `places` has, shape (len(digests), d)."""
-        assert self._file is not None
-        return self._file.take(np.array([self.places[digest] for digest in digests], dtype=np.int64))
+        if self.file is not None:
+            self.file.close()
 
 
 class Assembly:
-    """Rows for sequences by their digests.
+    """Rows of the finished file in the order of the source.
 
     Parameters
     ----------
-    fresh : sequence of bytes
-        Digests of the proteins that `plan` speaks of, in its order.
-    plan : Plan
-    sums : EmbeddingsWriter
-        Holds one row for each piece of the plan.
+    source : Source
     known : KnownRows
-        Has all others.
+    work : Work
+        On the distinct sequences that `known` does not have, in their order.
+    parts : Parts
+        Holds the rows of `work` in the end.
     """
 
-    def __init__(self, fresh: Sequence[bytes], plan: Plan, sums: EmbeddingsWriter, known: KnownRows) -> None:
-        self._known, self._sums = known, sums
-        self._numbers = {digest: number for number, digest in enumerate(fresh)}
+    def __init__(self, source: Source, known: KnownRows, work: Work, parts: Parts) -> None:
+        self._source, self._known, self._work, self._parts = source, known, work, parts
+        # number of each distinct sequence in the work; meaningless for those that are known
+        self._fresh = np.cumsum(known.places < 0) - 1
+        self._firsts = np.concatenate([[0], np.cumsum(work.pieces)])
         # pieces of one protein side by side, in the order of their residues
-        self._order = np.lexsort((plan.begin, plan.protein))
-        self._firsts = np.searchsorted(plan.protein[self._order], np.arange(len(fresh) + 1))
-        self._residues = np.bincount(
-            plan.protein, weights=plan.pool_end - plan.pool_begin, minlength=len(fresh)
-        ).astype(np.float32)
+        self._starts = np.empty(int(self._firsts[-1]), dtype=np.int64)
+        self._counts = np.empty(len(self._starts), dtype=np.int32)
+        place = 0
+        for number, *_ in work.block_rows():
+            block = work.block(number)
+            order = np.lexsort((block.plan.begin, block.plan.protein))
+            here = slice(place, place + len(order))
+            self._starts[here] = block.piece_rows[:-1][order]
+            self._counts[here] = np.diff(block.piece_rows)[order]
+            place += len(order)
 
-    def blocks(self, digests: Sequence[bytes]) -> Iterator[NDArray[np.float32]]:
-        """Yield the rows of sequences in order, `CHUNK_ROWS` at a time."""
-        for first in range(0, len(digests), CHUNK_ROWS):
-            yield self._block(digests[first : first + CHUNK_ROWS])
+    def begun(self) -> int:
+        """How many distinct sequences have rows in the parts."""
+        if not self._parts.done:
+            return 0
+        held = np.fromiter((self._parts.holds(row, row + 1) for row in self._starts.tolist()), np.bool_)
+        return int(np.logical_or.reduceat(held, self._firsts[:-1]).sum()) if len(held) else 0
 
-    def _block(self, digests: Sequence[bytes]) -> NDArray[np.float32]:
-        numbers = np.array([self._numbers.get(digest, -1) for digest in digests], dtype=np.int64)
-        fresh, old = np.flatnonzero(numbers >= 0), np.flatnonzero(numbers < 0)
-        if not len(old):
-            return self._means(numbers)
-        known = self._known.take([digests[row] for row in old.tolist()])
-        if not len(fresh):
-            return known
-        block = np.empty((len(digests), known.shape[1]), dtype=np.float32)
-        block[old] = known
-        block[fresh] = self._means(numbers[fresh])
-        return block
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Yield all rows in order, some at a time."""
+        if self._work.info.pooling == RESIDUES:
+            yield from self._residues()
+            return
+        for first in range(0, len(self._source), CHUNK_ROWS):
+            yield self._pooled(self._source.numbers[first : first + CHUNK_ROWS])
 
-    def _means(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _pooled(self, numbers: NDArray[np.int32]) -> NDArray[np.float32]:
+        places = self._known.places[numbers]
+        rows = np.empty((len(numbers), self._work.info.width), dtype=np.float32)
+        old, fresh = np.flatnonzero(places >= 0), np.flatnonzero(places < 0)
+        if len(old):
+            assert self._known.file is not None
+            rows[old] = self._known.file.take(places[old])
+        if len(fresh):
+            rows[fresh] = self._joined(self._fresh[numbers[fresh]])
+        return rows
+
+    def _joined(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the rows of sequences of the work, each from the rows of its pieces."""
         firsts = self._firsts[numbers]
         counts = self._firsts[numbers + 1] - firsts
-        starts = np.cumsum(counts) - counts
-        within = np.arange(counts.sum()) - np.repeat(starts, counts)
-        sums = self._sums.take(self._order[np.repeat(firsts, counts) + within])  # (pieces, d)
-        totals: NDArray[np.float32] = np.add.reduceat(sums, starts, axis=0)  # (proteins, d)
-        totals /= self._residues[numbers][:, None]
-        return totals
+        begins = np.cumsum(counts) - counts
+        within = np.arange(counts.sum()) - np.repeat(begins, counts)
+        pieces = self._parts.take(self._starts[np.repeat(firsts, counts) + within])  # (pieces, d)
+        pooling = self._work.info.pooling
+        how = np.maximum if pooling == "max" else np.add
+        rows: NDArray[np.float32] = how.reduceat(pieces, begins, axis=0)  # (proteins, d)
+        if pooling == "mean":
+            rows /= self._work.counted[numbers].astype(np.float32)[:, None]
+        elif pooling == "start":
+            rows /= counts.astype(np.float32)[:, None]
+        return rows
+
+    def _residues(self) -> Iterator[NDArray[np.float32]]:
+        most = max(_BLOCK_BYTES // (4 * self._work.info.width), 1)
+        waiting: list[int] = []  # pieces whose rows are yet to be read, side by side in the file
+        rows = 0
+        for number in self._source.numbers.tolist():
+            place = int(self._known.places[number])
+            if place >= 0:
+                yield from self._flushed(waiting)
+                rows = 0
+                yield from self._copied(place, most)
+                continue
+            fresh = int(self._fresh[number])
+            for piece in range(int(self._firsts[fresh]), int(self._firsts[fresh + 1])):
+                waiting.append(piece)
+                rows += int(self._counts[piece])
+                if rows >= most:
+                    yield from self._flushed(waiting)
+                    rows = 0
+        yield from self._flushed(waiting)
+
+    def _flushed(self, waiting: list[int]) -> Iterator[NDArray[np.float32]]:
+        if waiting:
+            yield self._parts.runs(self._starts[waiting], self._counts[waiting].astype(np.int64))
+            waiting.clear()
+
+    def _copied(self, place: int, most: int) -> Iterator[NDArray[np.float32]]:
+        assert self._known.file is not None
+        assert self._known.file.pointers is not None
+        first, last = self._known.file.pointers[place : place + 2].tolist()
+        for begin in range(first, last, most):
+            yield self._known.file.span(begin, min(begin + most, last))

@@ -1,64 +1,27 @@
-"""What inference starts from: the proteins of a file, the right encoder, and how it shall compute."""
+"""What inference starts from: the right encoder, and how it shall compute."""
 
 from __future__ import annotations
 
-__all__ = ["BATCH_RESIDUES", "EncoderChoice", "Setup", "Source", "StrPath"]
+__all__ = ["BATCH_RESIDUES", "EncoderChoice", "Setup"]
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-import torch
-
-from fedbio.compartments import COMPARTMENTS
-from fedbio.embeddings import Embeddings, sequence_digest
 from fedbio.encoder.checkpoint import load_encoder_weights
-from fedbio.encoder.inference import Inference, choose_device, choose_dtype
+from fedbio.encoder.inference import Inference, Pooling, choose_device, choose_dtype
+from fedbio.encoder.memory import fitting_budget, needed_bytes
 from fedbio.encoder.packs import Plan, make_plan
-from fedbio.errors import RefusedError
-from fedbio.proteins import read
+from fedbio.encoder.source import StrPath
+from fedbio.errors import RefusedError, SettingsError
 from fedbio.results import EncoderInfo
-from fedbio.weights import EncoderConfig, Weights, weights_digest
+from fedbio.weights import weights_digest
 
 log = logging.getLogger(__name__)
 
-StrPath = str | os.PathLike[str]
-
 BATCH_RESIDUES = {"cpu": 2048, "cuda": 65_536}
 """Tokens of a pack by kind of device, where the caller names no number."""
-
-
-class Source:
-    """The proteins of a file as inference wants them: ids, lengths, digests, and each distinct sequence once."""
-
-    def __init__(
-        self,
-        path: StrPath,
-        *,
-        labels: StrPath | None = None,
-        classes: Sequence[str] = COMPARTMENTS,
-        skip_invalid: bool = False,
-    ) -> None:
-        self.ids: list[str] = []
-        self.lengths: list[int] = []
-        self.digests: list[bytes] = []
-        self.sequences: dict[bytes, bytes] = {}
-        for protein in read(path, labels=labels, classes=classes, skip_invalid=skip_invalid):
-            digest = sequence_digest(protein.sequence)
-            self.ids.append(protein.id)
-            self.lengths.append(len(protein.sequence))
-            self.digests.append(digest)
-            self.sequences.setdefault(digest, protein.sequence.encode())
-
-    def is_in(self, embeddings: Embeddings) -> bool:
-        """Whether a file holds exactly these proteins in this order."""
-        return embeddings.ids == self.ids and embeddings.digests.tobytes() == b"".join(self.digests)
-
-    def longer_than(self, residues: int) -> int:
-        """How many proteins are longer than so many residues."""
-        return sum(length > residues for length in self.lengths)
 
 
 @dataclass(frozen=True)
@@ -70,61 +33,102 @@ class EncoderChoice:
     expected_sha256: str | None = None
     dtype: str = "auto"
     device: str = "auto"
-    long: Literal["cut", "window"] = "cut"
+    long: Literal["cut", "window"] = "window"
+    pooling: Pooling = "mean"
+    layer: int | None = None
     batch_residues: int | None = None
     threads: int | None = None
+    memory: int | None = None
 
 
 class Setup:
     """An encoder's weights, checked, and the device and arithmetic that it will use.
 
+    Parameters
+    ----------
+    choice : EncoderChoice
+        Of several devices, the first is looked at; all must do the same.
+
+    Attributes
+    ----------
+    info : EncoderInfo
+    budget : int
+        The most tokens in a pack.
+    needed_bytes : int
+        Memory that this process takes, without what grows with the proteins.
+
     Raises
     ------
+    SettingsError
+        If the encoder does not have so many layers, or there is no such arithmetic or device.
+    MachineError
+        If the memory allowed is not enough for the encoder.
     RefusedError
         If the weights have another digest than is expected.
     """
 
     def __init__(self, choice: EncoderChoice) -> None:
         self.choice = choice
-        self.device = choose_device(choice.device)
+        self.device = choose_device(choice.device.split(",")[0].strip())
         self.dtype = choose_dtype(choice.dtype, self.device)
         self.config, self.weights = load_encoder_weights(choice.encoder, seed=choice.seed)
-        self.info = _encoder_info(self.config, self.weights, dtype=self.dtype, long=choice.long)
-        self.budget = choice.batch_residues or BATCH_RESIDUES[self.device.type]
-        expected = choice.expected_sha256
-        if expected is not None and self.info.weights_sha256 != expected:
+        digest = weights_digest(self.weights)
+        if choice.expected_sha256 not in (None, digest):
             raise RefusedError(
-                f"encoder {str(choice.encoder)!r}: its weights have SHA-256 {self.info.weights_sha256}, "
-                f"but {expected} is expected; nothing was embedded"
+                f"encoder {str(choice.encoder)!r}: its weights have SHA-256 {digest}, "
+                f"but {choice.expected_sha256} is expected; nothing was embedded"
             )
+        self.info = self._find_info(digest)
+        self.budget, self.needed_bytes = self._find_budget()
         if not self.info.trained:
-            log.warning("untrained encoder name=%s sha256=%.12s", self.info.name, self.info.weights_sha256)
+            log.warning("untrained encoder name=%s sha256=%.12s", self.info.name, digest)
 
-    def plan(self, sequences: list[bytes]) -> Plan:
-        """Plan the packs for some distinct sequences."""
-        return make_plan(
-            [len(residues) for residues in sequences],
-            max_residues=self.info.max_residues,
-            windows=self.info.long == "window",
-            budget=self.budget,
-        )
+    def plan(self, sequences: Sequence[bytes]) -> Plan:
+        """Plan the packs of a few sequences that are in memory."""
+        lengths = [len(residues) for residues in sequences]
+        windows = self.info.long == "window"
+        return make_plan(lengths, max_residues=self.info.max_residues, windows=windows, budget=self.budget)
 
     def inference(self) -> Inference:
         """Put the encoder on its device."""
-        return Inference(self.config, self.weights, device=self.device, dtype=self.dtype, threads=self.choice.threads)
+        choice = self.choice
+        return Inference(
+            self.config,
+            self.weights,
+            device=self.device,
+            dtype=self.dtype,
+            threads=choice.threads,
+            pooling=choice.pooling,
+            layer=choice.layer,
+        )
 
+    def _find_info(self, digest: str) -> EncoderInfo:
+        choice, config = self.choice, self.config
+        if choice.pooling not in get_args(Pooling):
+            raise SettingsError(f"pooling {choice.pooling!r}: expected {', '.join(get_args(Pooling))}")
+        layer = config.layers if choice.layer is None else choice.layer
+        if not 0 <= layer <= config.layers:
+            raise SettingsError(f"layer {layer}: {config.name} has layers 0 to {config.layers}")
+        return EncoderInfo(
+            name=config.name,
+            weights_sha256=digest,
+            trained=config.trained,
+            width=config.width,
+            pooling=choice.pooling,
+            layer=layer,
+            dtype=str(self.dtype).removeprefix("torch."),
+            max_residues=config.max_residues,
+            long=choice.long,
+        )
 
-def _encoder_info(
-    config: EncoderConfig, weights: Weights, *, dtype: torch.dtype, long: Literal["cut", "window"]
-) -> EncoderInfo:
-    return EncoderInfo(
-        name=config.name,
-        weights_sha256=weights_digest(weights),
-        trained=config.trained,
-        width=config.width,
-        pooling="mean",
-        layer=config.layers,
-        dtype=str(dtype).removeprefix("torch."),
-        max_residues=config.max_residues,
-        long=long,
-    )
+    def _find_budget(self) -> tuple[int, int]:
+        size = sum(tensor.nbytes for tensor in self.weights.values())
+        on_cpu = self.device.type == "cpu"
+        budget = self.choice.batch_residues or fitting_budget(
+            self.config,
+            size,
+            default=BATCH_RESIDUES[self.device.type],
+            memory=self.choice.memory,
+            on_cpu=on_cpu,
+        )
+        return budget, needed_bytes(self.config, size, budget=budget, on_cpu=on_cpu)

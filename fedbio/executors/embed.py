@@ -55,6 +55,8 @@ class Embed(Executor):
             dtype=spec.dtype,
             device=context.device,
             long=spec.long,
+            pooling=spec.pooling,
+            layer=spec.layer,
             threads=context.threads,
             reuse=context.reuse,
             labels=context.labels,

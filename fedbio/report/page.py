@@ -161,7 +161,8 @@ def _encoder_table(run: Run) -> Table:
     encoder = run.encoder
     if encoder is None:
         return Table("Encoder", ["Property", "Value"], [])
-    cut = {"cut": "the rest is cut off", "window": "longer ones are averaged over overlapping windows"}[encoder.long]
+    cut = {"cut": "the rest is cut off", "window": "longer ones are covered by overlapping windows"}[encoder.long]
+    how = {"mean": "mean over residues", "max": "maximum over residues", "start": "start token"}
     return Table(
         "Encoder",
         ["Property", "Value"],
@@ -169,7 +170,10 @@ def _encoder_table(run: Run) -> Table:
             ["Name", encoder.name],
             ["Weights", "trained" if encoder.trained else "untrained: random numbers from a fixed seed"],
             ["SHA-256 of the weights", encoder.weights_sha256],
-            ["Embedding", f"{encoder.width} numbers, {encoder.pooling} over residues of layer {encoder.layer}"],
+            [
+                "Embedding",
+                f"{encoder.width} numbers, {how.get(encoder.pooling, encoder.pooling)} of layer {encoder.layer}",
+            ],
             ["Arithmetic", encoder.dtype],
             ["Longest protein taken whole", f"{encoder.max_residues} residues; {cut}"],
         ],

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedbio.embeddings import Embeddings, EmbeddingsWriter
-from fedbio.encoder import embed_file
+from fedbio.embeddings import Embeddings, Parts
+from fedbio.encoder import embed_file, room
 from fedbio.encoder.alphabet import ALPHABETS
 from fedbio.errors import DataError, MachineError, RefusedError
 from fedbio.files import exclusive_lock
@@ -127,13 +127,25 @@ def test_the_same_call_gives_the_same_bytes(tiny: Path, write_fasta: WriteFasta,
 def test_an_output_of_another_encoder_is_refused(tiny: Path, write_fasta: WriteFasta, tmp_path: Path) -> None:
     source = write_fasta([5, 6])
     embed(source, tmp_path / "out.h5", encoder=tiny)
-    with pytest.raises(DataError, match=r"out\.h5: made with another encoder: long is 'cut', not 'window'; give"):
-        embed(source, tmp_path / "out.h5", encoder=tiny, long="window")
+    expected = (
+        r"out\.h5: made with another encoder: pooling is 'mean', not 'max', long is 'window', not 'cut'; give another "
+        r"output, or delete this one \(`--pooling mean --long window` does as before\)"
+    )
+    with pytest.raises(DataError, match=expected):
+        embed(source, tmp_path / "out.h5", encoder=tiny, long="cut", pooling="max")
+    with pytest.raises(DataError, match=r"layer is 2, not 1; .* \(`--layer 2` does as before\)"):
+        embed(source, tmp_path / "out.h5", encoder=tiny, layer=1)
+    with pytest.raises(DataError, match=r"weights_sha256 is '[0-9a-f]{64}', not '[0-9a-f]{64}'.*; give another output"):
+        embed(source, tmp_path / "out.h5", encoder="esm1nv-44m")
 
 
 def test_an_output_of_other_proteins_is_refused(tiny: Path, write_fasta: WriteFasta, tmp_path: Path) -> None:
     embed(write_fasta([5, 6]), tmp_path / "out.h5", encoder=tiny)
-    with pytest.raises(DataError, match=r"out\.h5: holds the embeddings of other proteins; give another output"):
+    expected = (
+        r"out\.h5: holds the embeddings of other proteins: of its 2 sequences 0 are here; give another output, or "
+        r"bring it up to date nevertheless with `--reuse .*out\.h5`"
+    )
+    with pytest.raises(DataError, match=expected):
         embed(write_fasta([5, 6], "b.fasta", seed=1), tmp_path / "out.h5", encoder=tiny)
 
 
@@ -199,7 +211,7 @@ def test_a_damaged_shard_is_computed_again(
     content[7] ^= 1
     shards[3].write_bytes(content)
     report = embed(source, tmp_path / "out.h5", encoder=tiny, batch_residues=100)
-    assert report.resumed == 3 * 4  # shards of one pack, packs of four proteins
+    assert report.resumed == 4 * 4  # shards of one pack, packs of four proteins
     assert (tmp_path / "out.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
 
@@ -208,8 +220,8 @@ def test_unfinished_work_of_another_encoder_is_refused(
 ) -> None:
     source = write_fasta([20] * 30)
     broken_off(source, tmp_path / "out.h5", tiny, after=5, monkeypatch=monkeypatch)
-    with pytest.raises(DataError, match=r"manifest\.json: made with another encoder: long is 'cut', not 'window'"):
-        embed(source, tmp_path / "out.h5", encoder=tiny, long="window")
+    with pytest.raises(DataError, match=r"manifest\.json: made with another encoder: long is 'window', not 'cut'"):
+        embed(source, tmp_path / "out.h5", encoder=tiny, long="cut")
 
 
 def test_unfinished_work_on_other_proteins_is_thrown_away(
@@ -222,25 +234,25 @@ def test_unfinished_work_on_other_proteins_is_thrown_away(
 
 def broken_off(source: Path, output: Path, encoder: Path, *, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a run end in an error once it has written so many shards."""
-    append = EmbeddingsWriter.append
+    append = Parts.append
 
-    def append_until(writer: EmbeddingsWriter, vectors: np.ndarray) -> None:
-        append(writer, vectors)
-        writer.flush()
-        if len(writer._shards) == after:
+    def append_until(parts: Parts, start: int, vectors: np.ndarray) -> None:
+        append(parts, start, vectors)
+        parts.flush()
+        if len(parts._paths) == after:
             raise InterruptedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(EmbeddingsWriter, "append", append_until)
+        patch.setattr(Parts, "append", append_until)
         with pytest.raises(InterruptedError):
             embed(source, output, encoder=encoder, batch_residues=100)
 
 
 SHARD_PER_PACK = """
 import sys
-from fedbio.embeddings import EmbeddingsWriter
-from fedbio.encoder import embed_file
-EmbeddingsWriter.SHARD_SECONDS = 0.0
+from fedbio.embeddings import Parts
+from fedbio.encoder import embed_file, room
+Parts.SHARD_SECONDS = 0.0
 embed_file(sys.argv[1], sys.argv[2], encoder=sys.argv[3], batch_residues=100, threads=1, dtype="float32")
 """
 
@@ -285,17 +297,28 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("free_kib", [8, 100])
+@pytest.mark.parametrize("free_kib", [64, 150])
 def test_on_a_full_disk_the_run_ends_clearly_and_goes_on_later(
-    tiny: Path, write_fasta: WriteFasta, small_disk: Path, tmp_path: Path, free_kib: int
+    tiny: Path,
+    write_fasta: WriteFasta,
+    small_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free_kib: int,
 ) -> None:
-    source = write_fasta([20] * 500 + [19] * 100)  # 75 KiB of vectors in a shard, and 200 KiB in the finished file
+    # 12 KiB of residues, 21 of digests, 75 of vectors in a shard, and 240 in the finished file
+    source = write_fasta([20] * 500 + [19] * 100)
     (small_disk / "ballast").write_bytes(bytes(2**20 - free_kib * 1024))
-    with pytest.raises(MachineError, match=r"the disk is full; free some space and run the same command again"):
+    with pytest.raises(MachineError, match=r"out\.h5: needs 0 MiB of disk .* are free there; free some space"):
         embed(source, small_disk / "out.h5", encoder=tiny)
+    # as if another program filled the disk after the run had begun
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "free_bytes", lambda folder: 2**40)
+        with pytest.raises(MachineError, match=r"the disk is full; free some space and run the same command again"):
+            embed(source, small_disk / "out.h5", encoder=tiny)
     assert not (small_disk / "out.h5").exists()
     (small_disk / "ballast").unlink()
     report = embed(source, small_disk / "out.h5", encoder=tiny)
-    assert report.resumed == (0 if free_kib == 8 else 600)
+    assert report.resumed == (0 if free_kib == 64 else 600)
     embed(source, tmp_path / "whole.h5", encoder=tiny)
     assert (small_disk / "out.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()

@@ -36,6 +36,8 @@ class Embed(Controller):
             sha256=self.encoder.sha256,
             dtype=self.encoder.dtype,
             long=self.encoder.long,
+            pooling=self.encoder.pooling,
+            layer=self.encoder.layer,
             classes=self.classes,
             files=tuple(WeightsFile(path.name, sha256_file(path), path.stat().st_size) for path in files),
         )

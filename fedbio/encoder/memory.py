@@ -1,0 +1,102 @@
+"""How much memory embedding takes, and the largest packs that keep it below a bound."""
+
+from __future__ import annotations
+
+__all__ = ["PROTEIN_BYTES", "check_memory", "fitting_budget", "needed_bytes", "read_size"]
+
+import re
+
+from fedbio.encoder.packs import ENDS
+from fedbio.errors import MachineError, SettingsError
+from fedbio.weights import EncoderConfig
+
+BASE_BYTES = 450 * 2**20
+"""Python, torch, HDF5, and rows on their way to the disk; measured by ``benchmarks/embed_memory.py``."""
+PROTEIN_BYTES = 110
+"""What stays in memory of each protein: where its sequence is, which it equals, where its rows are."""
+_HEAD_PROTEINS = 65_536
+"""Proteins that every run has room for: those of a block while it is planned."""
+
+_UNITS = {"": 2**30, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def read_size(text: str) -> int:
+    """Turn a size like ``4``, ``1.5G``, ``800M`` or ``2GiB`` into bytes; without a unit it is in GiB.
+
+    Raises
+    ------
+    SettingsError
+        If it is not a size, or zero.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
+    if found is None or not float(found[1]):
+        raise SettingsError(f"memory {text!r}: expected a size like 4, 1.5G or 800M (without a unit in GiB)")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def needed_bytes(config: EncoderConfig, weights_bytes: int, *, budget: int, on_cpu: bool) -> int:
+    """Return the memory of this process for a pack of `budget` tokens, without what grows with the proteins.
+
+    Parameters
+    ----------
+    config : EncoderConfig
+    weights_bytes : int
+        Size of the weights in float32.
+    budget : int
+        Tokens in a pack.
+    on_cpu : bool
+        Whether the pack is computed here, and not on an accelerator.
+    """
+    # the weights as they were read, and in the arithmetic and order of inference
+    fixed = BASE_BYTES + 2 * weights_bytes + _HEAD_PROTEINS * PROTEIN_BYTES
+    if not on_cpu:
+        return fixed
+    longest = min(config.max_residues + ENDS, budget)
+    # float32: the stream, its norm, queries, keys, values, attention's output, and the wide layer before and after GELU
+    token = 4 * (8 * config.width + 2 * config.ffn)
+    # attention's scores of a pack whose proteins all have the greatest length
+    scores = 2 * 4 * config.heads * longest * budget
+    return fixed + token * budget + min(scores, _MOST_SCORES)
+
+
+_MOST_SCORES = 2**30
+
+
+def fitting_budget(config: EncoderConfig, weights_bytes: int, *, default: int, memory: int | None, on_cpu: bool) -> int:
+    """Return the tokens of a pack: `default`, or as many as keep within `memory`.
+
+    A function of the settings alone, never of what the machine has free, since the plan depends on it.
+
+    Raises
+    ------
+    MachineError
+        If even the smallest packs do not fit.
+    """
+    if memory is None:
+        return default
+    budget = default
+    while budget > 128 and needed_bytes(config, weights_bytes, budget=budget, on_cpu=on_cpu) > memory:
+        budget //= 2
+    needed = needed_bytes(config, weights_bytes, budget=budget, on_cpu=on_cpu)
+    if needed > memory:
+        raise MachineError(
+            f"memory of {memory / 2**20:,.0f} MiB: {config.name} takes about {needed / 2**20:,.0f} MiB with the "
+            "smallest packs; allow that much (--memory), or give a smaller encoder"
+        )
+    return budget
+
+
+def check_memory(proteins: int, needed: int, memory: int | None) -> None:
+    """Refuse more proteins than memory has room for.
+
+    Raises
+    ------
+    MachineError
+        Saying how much they need.
+    """
+    grown = needed + max(proteins - _HEAD_PROTEINS, 0) * PROTEIN_BYTES
+    if memory is not None and grown > memory:
+        raise MachineError(
+            f"memory of {memory / 2**20:,.0f} MiB: {proteins:,} proteins take about {grown / 2**20:,.0f} MiB; "
+            "allow that much (--memory), or divide the file with `fedbio data shard`"
+        )
