@@ -56,8 +56,10 @@ class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     seed: int
     sha256: str | None
-    dtype: Literal["auto", "float32", "bfloat16"]
+    dtype: Literal["auto", "float32", "bfloat16", "int8"]
     long: Literal["cut", "window"]
+    pooling: Literal["mean", "max", "start"] = "mean"
+    layer: int | None = None
     classes: tuple[str, ...] = COMPARTMENTS
     files: tuple[WeightsFile, ...] = ()
 
