@@ -10,7 +10,7 @@ It imports nothing but the standard library, so that it starts at once and takes
 
 from __future__ import annotations
 
-__all__ = ["KILL_ALL", "die_with_parent", "guard_command"]
+__all__ = ["KILL_ALL", "adopt_orphans", "children", "descendants", "die_with_parent", "guard_command"]
 
 import contextlib
 import ctypes
@@ -30,12 +30,23 @@ NOT_STARTED = 127
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when the one that started it dies, whatever kills that one."""
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Ask the kernel to kill this process when the one that started it dies, whatever kills that one.
+
+    Parameters
+    ----------
+    number : int
+        The signal; one for which there is a handler can be used to leave nothing behind.
+    """
     parent = os.getppid()
-    _control(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _control(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Have what descendants of this process leave behind become its children, and not those of the system's first."""
+    _control(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def guard_command(command: Sequence[str], socket: str) -> list[str]:
@@ -54,8 +65,21 @@ def _control(option: int, value: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(option, value)
 
 
-def _descendants() -> list[int]:
-    """Return all processes that this one has started, and those have started."""
+def children(parent: int) -> set[int]:
+    """Return the processes that a process has started, or adopted."""
+    return {each for each, its_parent in _parents().items() if its_parent == parent}
+
+
+def descendants(root: int) -> list[int]:
+    """Return all processes that a process has started, and those have started."""
+    parents, found = _parents(), {root}
+    while more := {each for each, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found - {root})
+
+
+def _parents() -> dict[int, int]:
+    """Return the parent of each process of this machine that has not ended."""
     parents: dict[int, int] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -64,14 +88,11 @@ def _descendants() -> list[int]:
                 state, parent = file.read().rpartition(b")")[2].split()[:2]
                 if state != b"Z":
                     parents[int(name)] = int(parent)
-    found = {os.getpid()}
-    while more := {each for each, parent in parents.items() if parent in found} - found:
-        found |= more
-    return sorted(found - {os.getpid()})
+    return parents
 
 
 def _kill_descendants() -> None:
-    for each in _descendants():
+    for each in descendants(os.getpid()):
         with contextlib.suppress(ProcessLookupError):
             os.kill(each, signal.SIGKILL)
 
@@ -91,8 +112,7 @@ def _guard(parent: int, socket: str, command: Sequence[str]) -> int:
     signal.signal(KILL_ALL, kill_all)
     signal.signal(signal.SIGTERM, pass_on)
     _control(_PR_SET_PDEATHSIG, KILL_ALL)
-    # what the command leaves behind becomes a child of this process, and not of the system's first one
-    _control(_PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     if os.getppid() != parent:
         return -signal.SIGKILL
     signals = {KILL_ALL, signal.SIGTERM}

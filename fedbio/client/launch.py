@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Ending", "Run", "RunningProcess", "RunningThread", "as_program", "process_command", "run_in_thread"]
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 from fedbio.client.link import QueueLink
 from fedbio.client.session import leave, offer
 from fedbio.errors import FederationError
+from fedbio.nursery import NURSERY, nursery_command
 from fedbio.processes import KILL_ALL, guard_command
 
 LAST_LINES = 20
@@ -112,7 +114,12 @@ class Run(ABC):
 
 
 def process_command(script: str, arguments: Sequence[str], ranks: int | None) -> list[str]:
-    """Return the command line of a script; `ranks` are processes of torchrun, None runs it as it is."""
+    """Return the command line of a script; `ranks` are processes of torchrun, None runs it as it is.
+
+    Where whoever has started this process offers a nursery, a script as it is runs there.
+    """
+    if ranks is None and script != "-m" and (nursery := os.environ.get(NURSERY)):
+        return nursery_command(nursery, script, arguments)
     if ranks is None:
         return [sys.executable, script, *arguments]
     elastic = ["-m", "torch.distributed.run", "--standalone", "--nnodes", "1", "--nproc-per-node", str(ranks)]

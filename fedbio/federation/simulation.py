@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Simulation", "simulate"]
 
+import contextlib
 import logging
 import os
 import shutil
@@ -22,9 +23,11 @@ from fedbio.federation.party import UNFINISHED
 from fedbio.federation.simulation_pool import play
 from fedbio.federation.supervisor import Process, supervise
 from fedbio.files import write_whole
+from fedbio.nursery import NURSERY, nursery
 from fedbio.provision import provision
 from fedbio.results import PARTY_FILE, read_party
 from fedbio.settings import FederationFile, JobsFile, ServerParty, TaskKind, Transport
+from fedbio.settings_jobs import ScriptJob
 from fedbio.settings_parts import DRIVER
 
 log = logging.getLogger(__name__)
@@ -138,7 +141,13 @@ def _supervise(what: Simulation, run: Path, kits: Path, address: str) -> None:
         arguments += ["--synthetic"] if what.synthetic else []
         arguments += same
         processes.append(_process(site, run, arguments))
-    supervise(processes, {**os.environ, "PYTHONUNBUFFERED": "1"})
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with contextlib.ExitStack() as stack:
+        if any(isinstance(job, ScriptJob) and job.client.launch == "process" for job in what.jobs.jobs):
+            scripts = [path.read_text(errors="replace") for path in what.files.values() if path.suffix == ".py"]
+            socket_of = stack.enter_context(nursery(scripts, run / "nursery.txt", threads=what.threads))
+            environment |= {NURSERY: socket_of}
+        supervise(processes, environment)
 
 
 def _as_overrides(jobs: JobsFile) -> list[str]:
