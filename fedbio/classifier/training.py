@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["TrainOutcome", "train"]
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,7 @@ def train(
     dropout: float = 0.2,
     seed: int = 0,
     round_number: int = 0,
+    on_epoch: Callable[[int, float], None] | None = None,
 ) -> TrainOutcome:
     """Train with a fresh AdamW.
 
@@ -63,6 +65,8 @@ def train(
     learning_rate, weight_decay, dropout : float
     seed, round_number : int
         Together they decide orders and dropout: another round sees another order.
+    on_epoch : callable, optional
+        Called after each epoch with its number, from 0, and the mean cross-entropy over the proteins as they were seen.
 
     Returns
     -------
@@ -86,13 +90,15 @@ def train(
     batches = math.ceil(count / batch_size)
     total = torch.zeros(())
     with torch_threads(1):
-        for _ in range(epochs):
+        for epoch in range(epochs):
             order = torch.from_numpy(random.permutation(count))
             total.zero_()
             for batch in order.tensor_split(batches):
                 loss = F.cross_entropy(network(features.index_select(0, batch)), targets.index_select(0, batch))
                 optimizer.step(loss)
                 total += loss.detach() * len(batch)
+            if on_epoch is not None:
+                on_epoch(epoch, float(total) / count)
     mean_loss = float(total) / count
     if not math.isfinite(mean_loss):
         raise DataError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 __all__ = [
+    "AnalyticsDataType",
     "FLModel",
     "ParamsType",
     "evaluate",
+    "get_config",
     "get_job_id",
     "get_site_name",
     "get_task_name",
@@ -22,8 +24,10 @@ __all__ = [
     "train",
 ]
 
+from fedbio.client.analytics import AnalyticsDataType
 from fedbio.client.api import (
     evaluate,
+    get_config,
     get_job_id,
     get_site_name,
     get_task_name,

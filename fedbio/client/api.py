@@ -17,6 +17,7 @@ from __future__ import annotations
 
 __all__ = [
     "evaluate",
+    "get_config",
     "get_job_id",
     "get_site_name",
     "get_task_name",
@@ -117,6 +118,29 @@ def system_info() -> dict[str, Any]:
     return dict(current().about)
 
 
+def get_config() -> dict[str, Any]:
+    """Return how this script and its site talk to each other, under NVFlare's keys.
+
+    Returns
+    -------
+    dict
+        ``SITE_NAME`` and ``JOB_ID``; under ``TASK_EXCHANGE`` the names of tasks (``train_task_name``,
+        ``eval_task_name``, ``submit_model_task_name``), ``exchange_format`` (``"pytorch"`` or ``"numpy"``: as what
+        parameters come) and ``transfer_type``: ``"FULL"``, since what is received is always the whole model; what is
+        sent says so itself (`FLModel.params_type`). Keys of NVFlare's pipes have no meaning here and are not there.
+    """
+    session = current()
+    exchange = {
+        "train_task_name": "train",
+        "eval_task_name": "evaluate",
+        "submit_model_task_name": "submit_model",
+        "exchange_format": "pytorch" if session.form.kind("").startswith("torch") else "numpy",
+        "transfer_type": "FULL",
+    }
+    about = session.about
+    return {"SITE_NAME": about["site_name"], "JOB_ID": about["job_id"], "TASK_EXCHANGE": exchange}
+
+
 def get_site_name() -> str:
     """Return the name of the site."""
     return str(current().about["site_name"])
@@ -155,8 +179,9 @@ def log(key: str, value: Any, data_type: Any = None, **kwargs: Any) -> None:
     key : str
         Its name, such as ``"train_loss"``.
     value : float, str or dict of str to float
-    data_type : str or enum, optional
-        ``"SCALAR"`` (the default), ``"SCALARS"``, ``"TEXT"``, ...
+    data_type : AnalyticsDataType or str, optional
+        Numbers (``SCALAR``, the default, ``SCALARS``, ``METRIC``, ``METRICS``) are sent; what else it is stays in the
+        site's log: a text may quote the site's data.
     **kwargs
         ``global_step`` or ``step``: where on the curve it stands.
     """

@@ -7,12 +7,13 @@ __all__ = ["Session", "current", "enter", "leave", "offer"]
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from fedbio.client.analytics import in_words, kind_of
 from fedbio.client.link import ABOUT, INITIAL, SOCKET, Link, Metric, SocketLink
 from fedbio.client.model import FLModel, Form, from_script, to_script
 from fedbio.errors import SettingsError
@@ -147,12 +148,15 @@ class Session:
         """Send a number, numbers by name, or a text."""
         if self.link is None:
             return
-        kind = getattr(data_type, "value", data_type) or "SCALAR"
-        if isinstance(value, dict):
-            plain: Any = {str(name): _number(key, each) for name, each in value.items()}
+        kind = kind_of(data_type, value)
+        plain: Any
+        if isinstance(value, str) or not kind.is_sent:
+            plain = in_words(kind, value)
+        elif isinstance(value, Mapping):
+            plain = {str(name): _number(key, each) for name, each in value.items()}
         else:
-            plain = value if isinstance(value, str) else _number(key, value)
-        self.link.metric(Metric(str(key), plain, None if step is None else int(step), str(kind)))
+            plain = _number(key, value)
+        self.link.metric(Metric(str(key), plain, None if step is None else int(step), kind.value))
 
     def close(self) -> None:
         """End the connection; there will be no more models."""

@@ -33,7 +33,7 @@ class Initialize(Executor):
 
 
 class Train(Executor):
-    """Measures the global model on validation proteins, then trains it on training proteins."""
+    """Measures the global model on validation proteins, then trains it on training proteins; shows both at once."""
 
     name: ClassVar[str] = "train"
     kind: ClassVar[str] = "train"
@@ -50,6 +50,9 @@ class Train(Executor):
         data = self.shelf.standardized(spec.study, model.params, context)
         parameters = layers(model.params)
         metrics = validate(parameters, data)
+        begin = model.current_round * spec.epochs
+        for name, value in metrics.items():
+            context.track(f"{spec.name}/{name}", value, begin)
         if abstains(len(data.train), spec.study, task.name, context):
             return FLModel(metrics=metrics, meta={WEIGHT: 0}, current_round=model.current_round)
         outcome = train(
@@ -62,6 +65,8 @@ class Train(Executor):
             dropout=spec.dropout,
             seed=spec.seed,
             round_number=model.current_round,
+            # the axis of the curves are epochs over all rounds
+            on_epoch=lambda epoch, loss: context.track(f"{spec.name}/train_loss", loss, begin + epoch + 1),
         )
         return FLModel(
             params=outcome.parameters,

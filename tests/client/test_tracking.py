@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import enum
+from typing import Any
+
+import numpy as np
 import pytest
 
 import fedbio.client as flare
@@ -36,6 +40,39 @@ def test_each_writer_says_its_numbers_with_their_steps(here: AtHand) -> None:  #
         Metric("notes.txt", "words", None, "TEXT"),
         Metric("loss", 0.125, 7, "METRIC"),
     ]
+
+
+class OtherLibraries(enum.Enum):
+    """The enum of a script that still imports NVFlare's."""
+
+    METRIC = "METRIC"
+
+
+@pytest.mark.parametrize(
+    ("data_type", "value", "sent"),
+    [
+        (None, 0.5, 0.5),
+        (None, "words", "words"),
+        (flare.AnalyticsDataType.SCALAR, np.float32(0.5), 0.5),
+        (flare.AnalyticsDataType.METRICS, {"a": 1}, {"a": 1.0}),
+        (OtherLibraries.METRIC, 2, 2.0),
+        ("scalars", {"a": 1, "b": 2}, {"a": 1.0, "b": 2.0}),
+        # a number that is no metric is no curve, and a picture is for nobody
+        (flare.AnalyticsDataType.PARAMETER, 0.1, "0.1"),
+        (flare.AnalyticsDataType.TAGS, {"kind": "small", "of": 3}, "kind=small, of=3"),
+        (flare.AnalyticsDataType.IMAGE, np.zeros((2, 2)), "(ndarray, not kept: only numbers and words are)"),
+    ],
+)
+def test_what_is_logged_is_sent_as_its_kind_says(here: AtHand, data_type: Any, value: Any, sent: object) -> None:  # noqa: F811
+    flare.init()
+    flare.log("key", value, data_type, global_step=1)
+    assert [(each.value, each.step) for each in here.metrics] == [(sent, 1)]
+
+
+def test_an_unknown_kind_is_refused_with_those_there_are(here: AtHand) -> None:  # noqa: F811
+    flare.init()
+    with pytest.raises(TypeError, match=r"no data_type 'CURVE'; it is one of SCALAR, SCALARS, METRIC"):
+        flare.log("key", 1.0, "CURVE")
 
 
 @pytest.mark.parametrize("launch", ["process", "in_process"])
