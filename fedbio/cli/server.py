@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         workspace=args.output,
         code=args.jobs.parent,
         listen=args.listen or listen_address(kit.server),
-        save_model=lambda params, publication: _save_model(args.output / "global", params, publication),
+        save_model=lambda params, publication: _save_model(args.output, params, publication),
     ).run(more_jobs=_changes(args.jobs) if args.serve else None)
     if not args.json:
         print(f"jobs done: {', '.join(job.name for job in jobs.jobs)}; results in {args.output}")
@@ -78,11 +78,11 @@ def listen_address(address: str) -> str:
     return address if host == "localhost" or host.startswith("127.") or host == "[::1]" else f"0.0.0.0:{port}"
 
 
-def _save_model(folder: Path, params: Any, publication: Any) -> None:
+def _save_model(workspace: Path, params: Any, publication: Any) -> None:
     # imported here: a server that is still waiting for sites needs none of it
     from fedbio.executors.publish import save_global
 
-    save_global(folder, params, publication)
+    save_global(workspace, params, publication)
 
 
 def _changes(path: Path) -> Callable[[], JobsFile | None]:

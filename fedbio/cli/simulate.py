@@ -114,11 +114,11 @@ def _of_job_file(args: argparse.Namespace) -> Simulation:
     )
 
 
-def _save_model(folder: Path, params: Any, publication: Any) -> None:
+def _save_model(workspace: Path, params: Any, publication: Any) -> None:
     # imported here: until a model is published nothing of it is needed
     from fedbio.executors.publish import save_global
 
-    save_global(folder, params, publication)
+    save_global(workspace, params, publication)
 
 
 def _deal_out(settings: RunSettings, output: Path, data: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Publish", "save_global"]
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,12 +12,17 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbio.executors.own_metrics import own_metrics
 from fedbio.executors.predictions import gather_predictions
+from fedbio.executors.study_record import study_record
 from fedbio.federation.executor import Executor, SiteContext
 from fedbio.federation.model import FLModel, Task
-from fedbio.federation.workflows.study import MEAN, SCALE, Publication, read_meta
+from fedbio.federation.workflows.study import MEAN, SCALE, Publication, read_meta, study_folder
 from fedbio.results import METRICS_COLUMNS, METRICS_FILE, write_table
 from fedbio.settings import parse_hidden
+
+GLOBAL = "global"
+"""The folder of the model that the sites trained together."""
 
 
 class Publish(Executor):
@@ -29,17 +35,19 @@ class Publish(Executor):
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
         """Write the global model, ``metrics.csv`` and ``predictions.csv``; nothing but an empty answer leaves."""
         publication = read_meta(model.meta, Publication)
-        save_global(context.global_model, model.params, publication)
-        write_table(context.workspace / METRICS_FILE, METRICS_COLUMNS, publication.metrics)
-        gather_predictions(context.workspace)
-        record = context.record
-        record.best, record.rounds = publication.best, publication.rounds
-        record.federation, record.settings = publication.federation, publication.settings
+        place = publication.study.place
+        folder = study_folder(context.workspace, place)
+        save_global(context.workspace, model.params, publication)
+        write_table(folder / METRICS_FILE, METRICS_COLUMNS, itertools.chain(publication.metrics, own_metrics(folder)))
+        gather_predictions(folder)
+        with study_record(context, place) as record:
+            record.best, record.rounds = publication.best, publication.rounds
+            record.federation, record.settings = publication.federation, publication.settings
         return FLModel()
 
 
-def save_global(folder: Path, params: Mapping[str, NDArray[Any]], publication: Publication) -> None:
-    """Write a published model as a model folder; the same bytes at every party."""
+def save_global(workspace: Path, params: Mapping[str, NDArray[Any]], publication: Publication) -> None:
+    """Write a published model as a model folder in a party's workspace; the same bytes at every party."""
     from fedbio.classifier import Standardizer, choose_threshold
     from fedbio.classifier.model_files import ModelCard, save_model
     from fedbio.executors.shelf import layers
@@ -54,4 +62,5 @@ def save_global(folder: Path, params: Mapping[str, NDArray[Any]], publication: P
         metrics=publication.scores,
         trained_by=sorted(publication.federation),
     )
+    folder = study_folder(workspace, publication.study.place) / GLOBAL
     save_model(folder, layers(params), Standardizer(params[MEAN], params[SCALE]), card)

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from fedbio.classifier import moments
 from fedbio.executors.shelf import Shelf
+from fedbio.executors.study_record import study_record
 from fedbio.executors.suppression import suppress
 from fedbio.federation.executor import Executor, SiteContext
 from fedbio.federation.model import WEIGHT, FLModel, Task
@@ -36,9 +37,11 @@ class Describe(Executor):
 
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
         """Return counts and the encoder."""
-        data = self.shelf.data(read_meta(model.meta, Study), context)
-        context.record.classes, context.record.encoder = list(data.classes), data.encoder
-        context.record.data = data.describe(synthetic=context.synthetic)
+        study = read_meta(model.meta, Study)
+        data = self.shelf.data(study, context)
+        with study_record(context, study.place) as record:
+            record.classes, record.encoder = list(data.classes), data.encoder
+            record.data = data.describe(synthetic=context.synthetic)
         return FLModel(meta=meta(Description(data.counts, data.encoder)))
 
 

@@ -8,12 +8,13 @@ import math
 from typing import ClassVar
 
 from fedbio.classifier import TrainData, confidence_counts, initialize
+from fedbio.executors.own_metrics import write_metrics
 from fedbio.executors.predictions import write_predictions
 from fedbio.executors.shelf import Shelf, StandardizedData, layers
 from fedbio.executors.statistics import abstains
 from fedbio.federation.executor import Executor, SiteContext
 from fedbio.federation.model import WEIGHT, FLModel, Parameters, Task
-from fedbio.federation.workflows.study import MEAN, Alone, Evaluation, RunSpec, meta, read_meta
+from fedbio.federation.workflows.study import MEAN, Alone, Evaluation, RunSpec, meta, read_meta, study_folder
 from fedbio.results import FEDERATED
 from fedbio.settings import parse_hidden
 
@@ -130,7 +131,9 @@ class TrainAlone(Executor):
             seed=spec.seed,
         )
         test = try_on_test(outcome.parameters, data, spec, context.site, context)
-        return FLModel(meta=meta(Alone(outcome.best_round, [*outcome.curve], test)))
+        alone = Alone(outcome.best_round, [*outcome.curve], test)
+        write_metrics(study_folder(context.workspace, spec.study.place), spec, context.site, alone)
+        return FLModel(meta=meta(alone))
 
 
 class Evaluate(Executor):
@@ -169,9 +172,8 @@ def try_on_test(
 
     probabilities = predict(parameters, data.test.features)
     measured = measure(probabilities, data.test.targets)
-    write_predictions(
-        context.workspace, data.test, probabilities, data.classes, party=party, mlp=spec.hidden, seed=spec.seed
-    )
+    folder = study_folder(context.workspace, spec.study.place)
+    write_predictions(folder, data.test, probabilities, data.classes, party=party, mlp=spec.hidden, seed=spec.seed)
     return Evaluation(
         measured.confusion.tolist(),
         measured.loss if math.isfinite(measured.loss) else 0.0,

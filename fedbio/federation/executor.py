@@ -83,11 +83,6 @@ class SiteContext:
         """The site's own embeddings file."""
         return self.workspace / "embeddings.h5"
 
-    @property
-    def global_model(self) -> Path:
-        """The folder of the model that the sites trained together."""
-        return self.workspace / "global"
-
     def received(self, group: str) -> Path:
         """Return the folder of files from the server that belong together, known by their common digest."""
         return self.workspace / "received" / group

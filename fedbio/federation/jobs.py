@@ -137,7 +137,8 @@ class JobQueue:
                     raise SettingsError(
                         f"job {job.name!r} was submitted by an administrator; give this one another name"
                     )
-                done = self._state.begin(job.name, job.model_dump_json().encode())
+                alone = file.model_copy(update={"jobs": [job]})
+                done = self._state.begin(job.name, job.model_dump_json().encode(), content=alone.model_dump_json())
                 aborted = job.name in known and known[job.name].state == JobState.ABORTED
                 if done or aborted or job.name in self._running or job.name in self._waiting:
                     continue

@@ -55,7 +55,7 @@ class Simulation:
     driver, device, embeddings, synthetic
         See `fedbio.settings.RunSettings` and `fedbio.federation.Site`.
     save_model : callable
-        Writes the model that a job publishes into a folder, see `fedbio.federation.Server`.
+        Writes the model that a job publishes into a party's workspace, see `fedbio.federation.Server`.
     """
 
     jobs: JobsFile
@@ -122,8 +122,8 @@ def simulate(what: Simulation, run: Path, *, processes: int | None = None) -> No
         play(what, run, kits, processes)
     else:
         _supervise(what, run, kits, address)
-    if (run / SERVER / "global").exists():
-        _copy_model(run / SERVER / "global", run / "global")
+    for model in _published(run):
+        _copy_model(model, run / model.relative_to(run / SERVER))
 
 
 def _supervise(what: Simulation, run: Path, kits: Path, address: str) -> None:
@@ -165,8 +165,13 @@ def _process(name: str, run: Path, arguments: list[object]) -> Process:
 def _is_finished(run: Path, parties: list[str], jobs: dict[str, object]) -> bool:
     if not all((run / party / PARTY_FILE).exists() and not (run / party / UNFINISHED).exists() for party in parties):
         return False
-    whole = (run / "global").exists() or not (run / SERVER / "global").exists()
+    whole = all((run / model.relative_to(run / SERVER)).exists() for model in _published(run))
     return read_party(run / SERVER / PARTY_FILE).settings == jobs and whole
+
+
+def _published(run: Path) -> list[Path]:
+    """Return the folders of the models that jobs have published."""
+    return sorted([*(run / SERVER).glob("global"), *(run / SERVER).glob("studies/*/global")])
 
 
 def _copy_model(source: Path, target: Path) -> None:

@@ -77,7 +77,7 @@ def play(what: Simulation, run: Path, kits: Path, processes: int) -> None:
         workspace=run / "server",
         listen="",
         code=kits,
-        save_model=lambda params, publication: what.save_model(run / "server" / "global", params, publication),
+        save_model=lambda params, publication: what.save_model(run / "server", params, publication),
         endpoint=pool.endpoint(fail),
     )
     with _log_in(run / "server" / "log.txt"):

@@ -31,6 +31,9 @@ from fedbio.results import (
     write_table,
 )
 
+STUDIES = "studies"
+"""Folder of further studies in a party's workspace."""
+
 _ROLES = {"server": 0, "site": 1, "central": 2}
 
 
@@ -90,13 +93,16 @@ def natural(name: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
 
 
-def collect(folder: Path) -> Run:
+def collect(folder: Path, job: str | None = None) -> Run:
     """Read a run and, if it has several parties, write their tables as one into the run's folder.
 
     Parameters
     ----------
     folder : Path
         A run's folder with one workspace per party, or one site's own workspace.
+    job : str, optional
+        A further study of this run, whose results are in ``studies/JOB/`` of every party's workspace; the tables go to
+        ``studies/JOB/`` of the run's folder.
 
     Returns
     -------
@@ -108,8 +114,13 @@ def collect(folder: Path) -> Run:
     DataError
         If there is no run, or a part of it is missing or damaged: the message names the file and the remedy.
     """
+    below = "" if job is None else f"{STUDIES}/{job}/"
     own = (folder / PARTY_FILE).is_file()
-    found = [folder / PARTY_FILE] if own else sorted(folder.glob(f"*/{PARTY_FILE}"))
+    found = [folder / below / PARTY_FILE] if own else sorted(folder.glob(f"*/{below}{PARTY_FILE}"))
+    if job is not None and not any(path.is_file() for path in found):
+        further = sorted({path.parent.name for path in folder.glob(f"**/{STUDIES}/*/{PARTY_FILE}")})
+        there = f"there are {', '.join(further)}" if further else "leave --job out for the only one"
+        raise DataError(f"{folder}: no party has results of a further study {job}; {there}")
     if not found:
         raise DataError(
             f"{folder}: no {PARTY_FILE} here or in a folder below; give the folder of a finished run, for example "
@@ -120,6 +131,7 @@ def collect(folder: Path) -> Run:
     parties = [records[workspace] for workspace in workspaces]
     for workspace, party in zip(workspaces, parties, strict=True):
         _check_complete(party, workspace)
+    folder = folder / below
     run = Run(
         folder=folder,
         parties=tuple(parties),
@@ -136,7 +148,8 @@ def collect(folder: Path) -> Run:
     if not own:
         write_table(folder / METRICS_FILE, METRICS_COLUMNS, run.metrics)
         write_table(folder / PREDICTIONS_FILE, PREDICTIONS_COLUMNS, run.predictions)
-        events = sorted(event for path in _present(workspaces, EVENTS_FILE) for event in read_events(path))
+        told = workspaces if job is None else [path.parent.parent for path in workspaces]
+        events = sorted(event for path in _present(told, EVENTS_FILE) for event in read_events(path))
         write_whole(folder / EVENTS_FILE, b"".join(line + b"\n" for _, line in events))
     return run
 

@@ -65,7 +65,7 @@ class Study:
             jobs=jobs,
             workspace=self.folder / "server",
             listen=self.address,
-            save_model=lambda params, publication: save_global(self.folder / "server/global", params, publication),
+            save_model=lambda params, publication: save_global(self.folder / "server", params, publication),
             driver="memory",
         )
         sites = [

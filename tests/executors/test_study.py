@@ -11,12 +11,13 @@ import pytest
 
 from fedbio.classifier import Standardizer, load_model, load_site_data, moments
 from fedbio.classifier.metrics import accuracy, macro_f1, mcc
-from fedbio.errors import FederationError
+from fedbio.errors import DataError, FederationError
 from fedbio.federation.state import State
 from fedbio.federation.workflows.study import scores
 from fedbio.files import sha256_file
+from fedbio.report import collect
 from fedbio.results import read_party
-from fedbio.settings import COMPARTMENTS
+from fedbio.settings import COMPARTMENTS, JobsFile
 
 SITES = ("site-1", "site-2", "site-3")
 
@@ -47,7 +48,12 @@ def test_embed_classify_and_map_end_to_end(study: Any) -> None:
     assert set(read_party(folder / "site-3" / "party.json").sent) == {"control", "counts", "metrics", "model", "sums"}
     assert "site-3 did not allow" in read_party(folder / "server" / "party.json").remarks[0]
 
-    assert (folder / "server/metrics.csv").read_bytes() == (folder / "site-3/metrics.csv").read_bytes()
+    # a site has its own rows and those of all together, as the server has them
+    told = {tuple(each.values()) for each in rows(folder / "server/metrics.csv")}
+    for site in SITES:
+        own = [tuple(each.values()) for each in rows(folder / site / "metrics.csv")]
+        assert len(own) == len(set(own))
+        assert set(own) == {each for each in told if each[0] in ("federated", site)}
     found = {
         (each["party"], each["model"], each["split"], each["metric"]) for each in rows(folder / "server/metrics.csv")
     }
@@ -67,6 +73,37 @@ def test_embed_classify_and_map_end_to_end(study: Any) -> None:
     assert [each["site"] for each in points] == ["site-1"] * 10 + ["site-2"] * 10
     assert list(points[0]) == ["site", "target", "split", "x", "y"]
     assert not (folder / "site-3/map.csv").exists()
+
+
+def test_two_studies_at_once_have_results_and_reports_of_their_own(study: Any) -> None:
+    study.embed_all()
+    training = {"mlps": ["4"], "seeds": [0], "rounds": 2, "patience": 4}
+    known = list(COMPARTMENTS)
+    jobs = [
+        {"workflow": "classify", "name": "first", "training": training},
+        {"workflow": "classify", "name": "second", "training": training, "classes": known[::-1]},
+    ]
+    limits = {"join_deadline_s": 30, "round_deadline_s": 60, "jobs_at_once": 2}
+    study.run(JobsFile.model_validate({"jobs": jobs, "federation": limits}))
+    for party in ("server", *SITES):
+        first, second = study.folder / party, study.folder / party / "studies/second"
+        assert load_model(first / "global").card.classes == known
+        assert load_model(second / "global").card.classes == known[::-1]
+        assert read_party(first / "party.json").classes == known
+        assert read_party(second / "party.json").classes == known[::-1]
+    for site in SITES:
+        # the same network and seed: only their places keep them apart
+        parts = [study.folder / site / each / "predictions/federated-4-seed-0.csv" for each in ("", "studies/second")]
+        assert {row["predicted"] for row in rows(parts[0])} <= set(known)
+        assert parts[0].read_bytes() != parts[1].read_bytes()
+    for job, classes in ((None, known), ("second", known[::-1])):
+        run = collect(study.folder, job)
+        assert run.classes == classes
+        assert {row.party for row in run.predictions} == {"federated", *SITES}
+        assert (run.folder / "events.jsonl").stat().st_size > 1000
+    assert run.folder == study.folder / "studies/second"
+    with pytest.raises(DataError, match="no party has results of a further study third; there are second"):
+        collect(study.folder, "third")
 
 
 def test_federated_standardizer_is_that_of_all_proteins_in_one_place(study: Any) -> None:
@@ -93,7 +130,7 @@ def test_unknown_label_ends_the_study_and_its_text_stays_at_the_site(
     with pytest.raises(FederationError, match="site-2: failed: its own data are refused; its log says where") as caught:
         study.run(study.jobs(embed=False))
     assert "Nuclues" not in str(caught.value)
-    at_the_site = [each.getMessage() for each in caplog.records if each.name == "fedbio.federation.site"]
+    at_the_site = [each.getMessage() for each in caplog.records if each.name.startswith("fedbio.federation.site")]
     assert any("site-2.fasta:" in text and "did you mean 'Nucleus'" in text for text in at_the_site)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 __all__ = ["Classify"]
 
 import contextlib
+import copy
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,14 +29,23 @@ from fedbio.federation.workflows.study import (
     Publication,
     RunSpec,
     Study,
-    confusion_of,
     meta,
     model_manifest,
     read_meta,
-    scores,
+    study_folder,
 )
+from fedbio.federation.workflows.study_metrics import CURVE, alone_rows, curve_rows, test_rows
 from fedbio.progress import Progress as ProgressLine
-from fedbio.results import FEDERATED, METRICS_COLUMNS, METRICS_FILE, EncoderInfo, Metric, write_table
+from fedbio.results import (
+    FEDERATED,
+    METRICS_COLUMNS,
+    METRICS_FILE,
+    EncoderInfo,
+    Metric,
+    utc_now,
+    write_party,
+    write_table,
+)
 from fedbio.settings import ClassifyJob
 
 log = logging.getLogger(__name__)
@@ -47,12 +59,33 @@ class Classify(Controller):
         self.training, self.quantization, self.aggregation = job.training, job.quantization, job.aggregation
         self.settings: dict[str, Any] = job.model_dump(mode="json")
         self.study = Study(
+            place=self.place(),
             classes=tuple(job.classes),
             validation_fraction=job.training.validation_fraction,
             min_proteins=job.training.min_proteins,
         )
         self.descriptions: dict[str, Description] = {}
         self.standardizer: Parameters = {}
+        # several studies of one run differ in what they say of it
+        self.record = copy.deepcopy(runtime.record) if self.study.place else runtime.record
+
+    def place(self) -> str:
+        """Return where the results are kept: in each party's folder, unless an earlier job's are there."""
+        place = self.state.noted(self.job, "place", str)
+        if place is None:
+            studies = [
+                row.name
+                for row in self.state.jobs()
+                if row.state not in ("failed", "aborted") and _workflow(row.content) == "classify"
+            ]
+            place = self.job if studies and studies[0] != self.job else ""
+            self.state.note(self.job, "place", place)
+        return place
+
+    @property
+    def folder(self) -> Path:
+        """Where the server keeps the results."""
+        return study_folder(self.runtime.workspace, self.study.place)
 
     def run(self) -> None:
         """Do the whole study; what was finished before a restart is not done again."""
@@ -84,7 +117,7 @@ class Classify(Controller):
             self.descriptions |= {each.site: read_meta(each.model.meta, Description) for each in results}
             self.state.note(self.job, "descriptions", self.descriptions)
         self.encoder = self.common_encoder()
-        record = self.runtime.record
+        record = self.record
         record.classes, record.encoder = list(self.study.classes), self.encoder
         record.federation = {site: self.descriptions[site].counts for site in sorted(self.descriptions)}
 
@@ -108,8 +141,10 @@ class Classify(Controller):
             self, self.study, self.encoder.width, self.registered("train")
         )
         self.state.store(self.job, "standardizer", self.standardizer)
-        self.state.note("", "study", self.study)
-        self.state.store("", "standardizer", self.standardizer)
+        if not self.study.place:
+            # for a map of the same proteins
+            self.state.note("", "study", self.study)
+            self.state.store("", "standardizer", self.standardizer)
 
     def registered(self, split: Any) -> dict[str, int]:
         """Return how many proteins of a split each site has registered."""
@@ -155,17 +190,15 @@ class Classify(Controller):
     def train_alone(self, spec: RunSpec) -> None:
         """Have every site train by itself with the same budget, and note its curve and its test metrics."""
         for result in self.broadcast_and_wait("train_alone", self.task(spec), self.enrolled()):
-            alone = read_meta(result.model.meta, Alone)
-            for number, *values in alone.curve:
-                self.note(spec, result.site, number, dict(zip(_CURVE, values, strict=True)))
-            self.note_test(spec, result.site, alone.best_round, [alone.test])
+            rows = alone_rows(spec, result.site, read_meta(result.model.meta, Alone))
+            self.state.add_metrics(self.job, rows)
 
     def evaluate(self, spec: RunSpec, outcome: Outcome) -> None:
         """Have every site try the best global model on its test proteins, and note the metrics over all of them."""
         sites = outcome.models.reach(outcome.model, self.enrolled())
         results = self.broadcast_and_wait("evaluate", self.task(spec, outcome), sites)
         evaluations = [read_meta(each.model.meta, Evaluation) for each in results]
-        self.note_test(spec, FEDERATED, outcome.best_round, evaluations)
+        self.state.add_metrics(self.job, test_rows(spec, FEDERATED, outcome.best_round, evaluations))
         confidence = np.sum([each.confidence for each in evaluations if each.confidence], axis=0)
         self.state.note(self.job, f"{spec.name} confidence", np.asarray(confidence).tolist() or [])
 
@@ -188,35 +221,14 @@ class Classify(Controller):
         self.measured = number
         values = {name: means.get(name) for name in ("validation_accuracy", "validation_loss", "train_loss")}
         self.runtime.events.write("round", mlp=spec.hidden, seed=spec.seed, round=number, **values)
-        rows = {(split, metric): values[f"{split}_{metric}"] for split, metric in _CURVE}
-        self.note(spec, FEDERATED, number, rows)
-
-    def note(self, spec: RunSpec, party: str, number: int, values: dict[tuple[str, str], float | None]) -> None:
-        """Add rows to the table of metrics; what was not measured has no row."""
-        self.state.add_metrics(
-            self.job,
-            [
-                Metric(party, spec.hidden, split, spec.seed, number, metric, value)
-                for (split, metric), value in values.items()
-                if value is not None
-            ],
-        )
-
-    def note_test(self, spec: RunSpec, party: str, number: int, evaluations: list[Evaluation]) -> None:
-        """Note the test metrics of one model over the sites that tried it."""
-        confusion = confusion_of(evaluations, len(self.study.classes))
-        if not confusion.sum():
-            return
-        counts = [int(np.sum(each.confusion)) for each in evaluations]
-        loss = float(np.average([each.loss for each in evaluations], weights=counts))
-        self.note(spec, party, number, {("test", name): value for name, value in scores(confusion).items()})
-        self.note(spec, party, number, {("test", "loss"): loss})
+        curve = {(split, metric): values[f"{split}_{metric}"] for split, metric in CURVE}
+        self.state.add_metrics(self.job, curve_rows(spec, FEDERATED, number, curve))
 
     def publish(self) -> None:
         """Choose the best classifier by validation accuracy, the first of equals, and send it to every site."""
         found = [(spec, progress) for spec in self.specs() if (progress := self.state.progress(self.job, spec.name))]
         best, progress = max(found, key=lambda each: -1.0 if each[1].best_value is None else each[1].best_value)
-        record = self.runtime.record
+        record = self.record
         record.best = best.hidden
         record.rounds = {
             hidden: {str(spec.seed): each.best_round for spec, each in found if spec.hidden == hidden}
@@ -239,7 +251,8 @@ class Classify(Controller):
             rounds=record.rounds,
             federation=record.federation,
             settings=self.settings,
-            metrics=metrics,
+            # each site has its own ones: all of them to all would be their square
+            metrics=[row for row in metrics if row.party == FEDERATED],
         )
         models = make_aggregation(self.aggregation, self.runtime, best.name)
         model = models.load(progress.best_round)
@@ -247,12 +260,15 @@ class Classify(Controller):
         self.broadcast_and_wait("publish", published, models.reach(model, self.sites()))
         if self.runtime.save_model is not None:
             self.runtime.save_model({**self.standardizer, **models.parameters(progress.best_round)}, publication)
+        if self.study.place:
+            record.finished = utc_now()
+            write_party(self.folder, record)
         log.info("best model mlp=%s seed=%d round=%d", best.hidden, best.seed, progress.best_round)
 
     def write_metrics(self) -> list[Metric]:
         """Write ``metrics.csv`` as far as it has come, and return its rows."""
         rows = self.state.metrics(self.job)
-        write_table(self.runtime.workspace / METRICS_FILE, METRICS_COLUMNS, rows)
+        write_table(self.folder / METRICS_FILE, METRICS_COLUMNS, rows)
         return rows
 
     @contextlib.contextmanager
@@ -260,11 +276,13 @@ class Classify(Controller):
         """Add the block's seconds to a stage of the server's record."""
         started = time.monotonic()
         yield
-        seconds = self.runtime.record.seconds
+        seconds = self.record.seconds
         seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
 
 
-_CURVE = (("train", "loss"), ("validation", "accuracy"), ("validation", "loss"))
+def _workflow(content: str) -> str:
+    """Return the workflow of the one job of a jobs file; empty if an earlier release did not note it."""
+    return str(json.loads(content)["jobs"][0]["workflow"]) if content else ""
 
 
 def _shown(value: float | None) -> str:

@@ -21,12 +21,14 @@ __all__ = [
     "model_manifest",
     "read_meta",
     "scores",
+    "study_folder",
 ]
 
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -80,9 +82,16 @@ class Embedded(msgspec.Struct, frozen=True):
     encoder: EncoderInfo
 
 
-class Study(msgspec.Struct, frozen=True, kw_only=True):
-    """How every site reads its data."""
+Place = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9][a-z0-9-]{0,62})?$")]
 
+
+class Study(msgspec.Struct, frozen=True, kw_only=True):
+    """How every site reads its data.
+
+    `place` is the name under which each party keeps the results, empty for its own folder: see `study_folder`.
+    """
+
+    place: Place = ""
     classes: tuple[str, ...] = COMPARTMENTS
     validation_fraction: float = 0.1
     min_proteins: int = 10
@@ -142,7 +151,10 @@ class Alone(msgspec.Struct, frozen=True):
 
 
 class Publication(msgspec.Struct, frozen=True, kw_only=True):
-    """What every site learns at the end, beside the best model itself."""
+    """What every site learns at the end, beside the best model itself.
+
+    `metrics` are those of all sites together; each site has its own ones itself.
+    """
 
     study: Study
     encoder: EncoderInfo
@@ -171,6 +183,11 @@ class Points(msgspec.Struct, frozen=True):
 
 
 S = TypeVar("S", bound=msgspec.Struct)
+
+
+def study_folder(workspace: Path, place: Place) -> Path:
+    """Return where a party keeps the results of a study: the first one's in its workspace, others' below it."""
+    return workspace / "studies" / place if place else workspace
 
 
 def meta(content: msgspec.Struct) -> dict[str, Any]:
