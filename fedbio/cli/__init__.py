@@ -28,6 +28,7 @@ COMMANDS = {
     "encoder": "List, fetch, show and convert encoders.",
     "embed": "Embed a FASTA file into an HDF5 store.",
     "embeddings": "Look into embeddings files, merge and convert them.",
+    "pretrain": "Train an encoder on proteins by masked-language modelling.",
     "provision": "Make certificates and one start-up kit per party.",
     "server": "Run the federation's server until its jobs are done.",
     "site": "Take part in a federation's jobs from this site.",
