@@ -60,20 +60,27 @@ VOCABULARIES = {
 """Vocabularies by the name that `fedbio.weights.EncoderConfig.alphabet` gives."""
 
 
-def read_pieces(path: str | os.PathLike[str]) -> tuple[str, ...]:
+def read_pieces(path: str | os.PathLike[str], *, where: str | None = None) -> tuple[str, ...]:
     """Read a vocabulary file: one token a line; of a tab and what follows it nothing is kept.
+
+    Parameters
+    ----------
+    path : path-like
+    where : str, optional
+        What messages call the file, if not by its path.
 
     Raises
     ------
     FormatError
         If it is too large for a vocabulary of residues, or no text.
     """
+    where = where or str(path)
     if (size := Path(path).stat().st_size) > _MAX_BYTES:
-        raise FormatError(f"{path}: {size:,} bytes are too many for a vocabulary of residues; was another file meant?")
+        raise FormatError(f"{where}: {size:,} bytes are too many for a vocabulary of residues; was another file meant?")
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: not a vocabulary: not UTF-8 text; get a fresh copy") from error
+        raise FormatError(f"{where}: not a vocabulary: not UTF-8 text; get a fresh copy") from error
     return tuple(line.partition("\t")[0].strip() for line in lines if line.strip())
 
 

@@ -122,6 +122,20 @@ def test_every_form_of_the_weights_gives_the_same_encoder(tmp_path: Path, form: 
     np.testing.assert_array_equal(again["lm_head.dense.weight"], whole["lm_head.dense.weight"])
 
 
+@pytest.mark.parametrize("kind", ["esm2", "esm1b"])
+def test_names_and_leftovers_of_the_published_files_are_read(tmp_path: Path, kind: str) -> None:
+    model = save(tmp_path, kind)
+    # what lies in facebook/esm2_t6_8M_UR50D and its kin, as written by transformers 4
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if "inv_freq" not in name}
+    tensors["esm.embeddings.position_ids"] = torch.arange(66)[None]
+    tensors["esm.encoder.layer.0.attention.self.rotary_embeddings.inv_freq"] = torch.ones(4)
+    tensors.setdefault("esm.embeddings.position_embeddings.weight", torch.ones(66, 32))
+    assert "esm.encoder.layer.0.LayerNorm.weight" in tensors
+    assert "lm_head.decoder.weight" in tensors
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_parity(model, *load_encoder_weights(tmp_path))
+
+
 def random_weights(config: EncoderConfig, *, head: bool) -> Weights:
     random = np.random.default_rng(11)
     shapes = inference_shapes(config) | (head_shapes(config) if head else {})

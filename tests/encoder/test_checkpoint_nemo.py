@@ -19,6 +19,7 @@ from fedbio.encoder.alphabet import ALPHABETS
 from fedbio.encoder.checkpoint import archive, read_encoder
 from fedbio.encoder.checkpoint.huggingface_save import write_huggingface
 from fedbio.errors import FormatError
+from fedbio.vocabularies import VOCABULARIES
 from fedbio.weights import inference_shapes, read_weights, weights_digest, write_weights
 
 from .parity import SEQUENCES, assert_close, hidden_and_logits
@@ -115,15 +116,35 @@ def megatron_forward(
     return hidden, h @ table.T + state["lm_head.bias"]
 
 
+def sentencepiece(pieces: tuple[str, ...]) -> bytes:
+    """A model file by hand: for each piece field 1 (text), 2 (score, 32 bits) and 3 (kind); then trainer settings."""
+    message = b""
+    for number, piece in enumerate(pieces):
+        text = piece.encode()
+        entry = b"\x0a" + bytes([len(text)]) + text + b"\x15" + np.float32(-number).tobytes() + b"\x18\x01"
+        message += b"\x0a" + bytes([len(entry)]) + entry
+    return message + b"\x12\x05\x20\x96\x01\x28\x02"
+
+
+PIECES = VOCABULARIES["esm1nv"].pieces
+
+
 def pack(
-    path: Path, state: State, *, prefix: str = "model.", config: str = CONFIG, zipped: bool = False, dot: str = "./"
+    path: Path,
+    state: State,
+    *,
+    prefix: str = "model.",
+    config: str = CONFIG,
+    zipped: bool = False,
+    dot: str = "./",
+    tokenizer: bytes = sentencepiece(PIECES),
 ) -> Path:
     """Write the archive as ``tar -C folder -cf path .`` does, with the tokenizer beside."""
     weights = io.BytesIO()
     torch.save({prefix + name: torch.from_numpy(tensor) for name, tensor in state.items()}, weights)
     members = {
         f"{dot}model_config.yaml": config.encode(),
-        f"{dot}0123456789abcdef_protein_sequence_sentencepiece.model": b"tokenizer",
+        f"{dot}0123456789abcdef_protein_sequence_sentencepiece.model": tokenizer,
         f"{dot}model_weights.ckpt": weights.getvalue(),
     }
     with tarfile.open(path, "w:gz" if zipped else "w") as target:
@@ -226,6 +247,38 @@ def test_an_archive_becomes_our_folder_and_hugging_faces(tmp_path: Path) -> None
 def test_what_is_not_esm1nv_is_refused(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(FormatError, match=rf"a\.nemo: .*{message}"):
         read_encoder(pack(tmp_path / "a.nemo", megatron_state(), config=f"{CONFIG}{line}\n"))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (sentencepiece((*PIECES[:5], "A", "L", *PIECES[7:])), r"token 5 is 'A', not 'L'"),
+        (sentencepiece(VOCABULARIES["esm"].pieces), r"not the vocabulary of ESM-1nv"),
+        (sentencepiece(PIECES)[:-9], r"not a SentencePiece model \(a field longer than the message\)"),
+        (b"\xff" * 20, r"not a SentencePiece model \(a number of more than ten bytes\)"),
+        (b"\x0b", r"not a SentencePiece model \(a field of unknown kind 3\)"),
+        (b"\x0a\x03\x0a\x01\xff", r"not a SentencePiece model \('utf-8' codec"),
+        (b"", r"token 0 is nothing, not"),
+    ],
+)
+def test_another_vocabulary_is_refused(tmp_path: Path, tokenizer: bytes, message: str) -> None:
+    with pytest.raises(
+        FormatError, match=rf"a\.nemo: 0123456789abcdef_protein_sequence_sentencepiece\.model: {message}"
+    ):
+        read_encoder(pack(tmp_path / "a.nemo", megatron_state(), tokenizer=tokenizer))
+
+
+def test_a_vocabulary_as_text_is_held_to_the_same(tmp_path: Path) -> None:
+    config = CONFIG.replace("library: sentencepiece", "vocab_file: nemo:a.vocab").encode()
+    weights = io.BytesIO()
+    torch.save({f"model.{name}": torch.from_numpy(each) for name, each in megatron_state().items()}, weights)
+    members = {"./model_config.yaml": config, "./model_weights.ckpt": weights.getvalue()}
+    good = "".join(f"{piece}\t0\n" for piece in PIECES).encode()
+    assert read_encoder(tar(tmp_path / "a.nemo", *members.items(), ("./a.vocab", good))).config.vocabulary == 128
+    with pytest.raises(FormatError, match=r"a\.nemo: a\.vocab: token 29 is nothing, not 'O'"):
+        read_encoder(tar(tmp_path / "a.nemo", *members.items(), ("./a.vocab", good.removesuffix(b"O\t0\n"))))
+    with pytest.raises(FormatError, match=r"a\.nemo: a\.vocab: not a vocabulary: not UTF-8 text"):
+        read_encoder(tar(tmp_path / "a.nemo", *members.items(), ("./a.vocab", b"\xff")))
 
 
 def test_a_table_too_small_for_the_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -23,12 +23,15 @@ import yaml
 from fedbio.encoder.checkpoint.archive import unpack_members
 from fedbio.encoder.checkpoint.layout import Layout, to_ours
 from fedbio.encoder.checkpoint.pytorch import load_pytorch
+from fedbio.encoder.checkpoint.sentencepiece import model_pieces
 from fedbio.encoder.checkpoint.state import State, make_config
 from fedbio.errors import FormatError
+from fedbio.vocabularies import check_vocabulary, read_pieces
 from fedbio.weights import EncoderConfig, Weights
 
 _CONFIG, _WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 _MAX_CONFIG_BYTES = 256 << 10
+_MAX_TOKENIZER_BYTES = 4 << 20
 _MAX_WEIGHTS_BYTES = 64 << 30
 
 _LAYOUT = Layout(
@@ -86,6 +89,7 @@ def read_nemo(path: Path) -> tuple[EncoderConfig, Weights]:
                 f"{where}: no {' and no '.join(sorted(absent))} in the archive; archives of BioNeMo 1.x are read"
             )
         settings = _settings(config_path, f"{where}: {_CONFIG}")
+        _check_tokenizer(path, settings, Path(folder))
         content = load_pytorch(weights_path, where=f"{where}: {_WEIGHTS}")
         if not isinstance(content, dict):
             raise FormatError(f"{where}: {_WEIGHTS}: holds no named tensors; get a fresh copy")
@@ -119,6 +123,29 @@ def _settings(path: Path, where: str) -> dict[str, Any]:
             }.get(name, "archives of ESM-1nv are read")
             raise FormatError(f"{where}: {name} is {value!r}, and fedbio reads {expected!r} only; {remedy}")
     return settings
+
+
+def _check_tokenizer(path: Path, settings: dict[str, Any], folder: Path) -> None:
+    """Refuse another vocabulary than ESM-1nv's, as far as the archive holds the files that its settings name.
+
+    NeMo writes ``nemo:`` before the name of a file that is in the archive.
+    """
+    tokenizer = settings.get("tokenizer")
+    if not isinstance(tokenizer, dict):
+        return
+    named = {str(tokenizer.get(key, "")) for key in ("model", "vocab_file")}
+    names = {name.removeprefix("nemo:").removeprefix("./") for name in named if name.startswith("nemo:")}
+    wanted = {name: (folder / f"tokenizer-{n}", _MAX_TOKENIZER_BYTES) for n, name in enumerate(sorted(names))}
+    for name in sorted(unpack_members(path, wanted)) if wanted else ():
+        where, file = f"{path}: {name}", wanted[name][0]
+        if name.endswith(".model"):
+            pieces = model_pieces(file.read_bytes(), where=where)
+        elif name.endswith(".vocab"):
+            pieces = read_pieces(file, where=where)
+        else:
+            continue
+        if check_vocabulary(pieces, where=where) != "esm1nv":
+            raise FormatError(f"{where}: not the vocabulary of ESM-1nv; archives of ESM-1nv are read")
 
 
 def _architecture(settings: dict[str, Any], state: State, path: Path) -> EncoderConfig:
