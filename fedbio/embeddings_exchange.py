@@ -1,193 +1,222 @@
-"""Join embeddings files, and carry them to and from files with one dataset per protein.
+"""Carry embeddings to and from files with one dataset per protein, as other tools write them.
 
-UniProt publishes such files (the key is the accession, the value a vector); bio_embeddings and biotrainer write them
-with another key and the id in the attribute ``original_id``; values may be per residue.
+==================  ===========================================================  =========================
+form                key of a dataset                                             where the id is
+==================  ===========================================================  =========================
+``uniprot``         accession (of ``sp|P12345|NAME`` the middle), else the id    the key
+``bio_embeddings``  number                                                       attribute ``original_id``
+``biotrainer``      SHA-256 of the sequence, ``_`` and its length                attribute ``original_id``
+==================  ===========================================================  =========================
+
+A dataset is a vector (d,), or has a row per residue (residues, d). Ours have three more attributes, `length`, `sha256`
+and `place`, and the root says which encoder made them, so that `from_flat` restores the file that they came from.
 """
 
 from __future__ import annotations
 
-__all__ = ["from_flat", "is_flat", "merge", "to_flat"]
+__all__ = ["FORMS", "Form", "from_flat", "to_flat"]
 
-import contextlib
+import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Literal, get_args
 
 import h5py
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbio.embeddings import CHUNK_ROWS, Embeddings, check_same_encoder, sequence_digest, write_embeddings
-from fedbio.errors import DataError, FormatError
+from fedbio.embeddings import RESIDUES, Embeddings, sequence_digest, write_embeddings
+from fedbio.embeddings_flat import FlatFile
+from fedbio.embeddings_merge import Proteins
+from fedbio.errors import DataError
 from fedbio.files import whole_file
 from fedbio.results import EncoderInfo
 
 _StrPath = str | os.PathLike[str]
 
+Form = Literal["uniprot", "bio_embeddings", "biotrainer"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
 FLAT_FORMAT = "fedbio-embeddings-flat"
 
 
-def merge(sources: Sequence[_StrPath], output: _StrPath) -> int:
-    """Join embeddings files of one encoder, in the order given; returns how many proteins the result holds.
+def to_flat(source: _StrPath, output: _StrPath, form: Form = "uniprot", *, proteins: Proteins | None = None) -> int:
+    """Write one dataset per protein, whole or not at all; returns their number.
+
+    Parameters
+    ----------
+    source, output : path-like
+    form : {"uniprot", "bio_embeddings", "biotrainer"}
+    proteins : callable, optional
+        Ids and sequences; biotrainer's keys are made of the sequences.
 
     Raises
     ------
     DataError
-        If the encoders differ, or an id stands for two sequences. An id that stands for the same sequence twice is
-        taken from the first file.
-    """
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(Embeddings.open(path)) for path in sources]
-        places: list[NDArray[np.int64]] = []
-        seen: dict[str, tuple[bytes, Path]] = {}
-        for file in files:
-            check_same_encoder(file.info, files[0].info, where=str(file.path), remedy="merge files of one encoder only")
-            chosen = []
-            for place, (name, row) in enumerate(zip(file.ids, file.digests, strict=True)):
-                digest = row.tobytes()
-                known, first = seen.setdefault(name, (digest, file.path))
-                if first is file.path:
-                    chosen.append(place)
-                elif known != digest:
-                    raise DataError(f"{file.path}: id {name!r} has another sequence there than in {first}; rename one")
-            places.append(np.array(chosen, dtype=np.int64))
-        together = list(zip(files, places, strict=True))
-        write_embeddings(
-            output,
-            info=files[0].info,
-            ids=[file.ids[place] for file, chosen in together for place in chosen.tolist()],
-            lengths=np.concatenate([file.lengths[chosen] for file, chosen in together]),
-            digests=[file.digests[place].tobytes() for file, chosen in together for place in chosen.tolist()],
-            blocks=(
-                file.take(chosen[first : first + CHUNK_ROWS])
-                for file, chosen in together
-                for first in range(0, len(chosen), CHUNK_ROWS)
-            ),
-        )
-        return len(seen)
-
-
-def is_flat(path: _StrPath) -> bool:
-    """Whether an HDF5 file has one dataset per protein rather than our matrix.
-
-    Raises
-    ------
-    DataError, FormatError
-        If there is no such file, or it is not HDF5.
-    """
-    with _open(path) as file:
-        return "embeddings" not in file or isinstance(file["embeddings"], h5py.Group)
-
-
-def to_flat(source: _StrPath, output: _StrPath) -> int:
-    """Write one dataset per protein; returns their number.
+        If two proteins have the same key, or a sequence that is needed is not there.
 
     Notes
     -----
-    The key is the id, or the sequence's SHA-256 where the id has a slash, which HDF5 would take for a folder. The
-    attributes ``original_id``, ``length`` and ``sha256`` let `from_flat` restore the file that this one came from.
+    biotrainer looks a protein up by its sequence, so of several with the same sequence the first is written. Where an
+    id has a slash, which HDF5 takes for a folder, the key in UniProt's form is the sequence's SHA-256 and the place.
     """
     with Embeddings.open(source) as embeddings, whole_file(output) as beside, h5py.File(beside, "w") as file:
         file.attrs.update({"format": FLAT_FORMAT, "version": 1, **msgspec.structs.asdict(embeddings.info)})
-        place = 0
-        for block in embeddings.blocks():
-            for vector in block:
-                name, digest = embeddings.ids[place], embeddings.digests[place].tobytes().hex()
-                # `.` is a folder too
-                key = name if "/" not in name and name.strip(".") else f"{digest}-{place}"
-                row = file.create_dataset(key, data=vector, track_times=False)
-                row.attrs.update({"original_id": name, "length": embeddings.lengths[place], "sha256": digest})
-                place += 1
-        return place
+        keys = _keys(embeddings, form, proteins)
+        used: dict[str, str] = {}
+        for place, (key, name) in enumerate(zip(keys, embeddings.ids, strict=True)):
+            if key in used:
+                if form == "biotrainer":
+                    continue
+                raise DataError(
+                    f"{embeddings.path}: ids {used[key]!r} and {name!r} have the same key {key!r} in this form; "
+                    "rename one, or choose --to bio_embeddings"
+                )
+            used[key] = name
+            first, last = (place, place + 1) if embeddings.pointers is None else embeddings.pointers[place : place + 2]
+            rows = embeddings.span(int(first), int(last))
+            item = file.create_dataset(key, data=rows[0] if embeddings.pointers is None else rows, track_times=False)
+            item.attrs["original_id"] = name
+            item.attrs["length"] = embeddings.lengths[place]
+            item.attrs["sha256"] = embeddings.digests[place].tobytes().hex()
+            item.attrs["place"] = place
+        return len(used)
+
+
+def _keys(embeddings: Embeddings, form: Form, proteins: Proteins | None) -> Iterator[str]:
+    if form == "bio_embeddings":
+        yield from map(str, range(len(embeddings)))
+    elif form == "uniprot":
+        for place, name in enumerate(embeddings.ids):
+            # `.` is a folder too
+            safe = "/" not in name and name.strip(".")
+            yield _accession(name) if safe else f"{embeddings.digests[place].tobytes().hex()}-{place}"
+    else:
+        if proteins is None:
+            raise DataError(f"{embeddings.path}: biotrainer's keys need the sequences; give them with --proteins")
+        known = {name: (sequence_digest(text), _biotrainer_hash(text)) for name, text in proteins()}
+        for place, name in enumerate(embeddings.ids):
+            digest, key = known.get(name, (b"", ""))
+            if digest != embeddings.digests[place].tobytes():
+                what = "another sequence" if digest else "no sequence"
+                raise DataError(f"{embeddings.path}: id {name!r} has {what} in the file given with --proteins")
+            yield key
+
+
+def _accession(name: str) -> str:
+    parts = name.split("|")
+    return parts[1] if len(parts) == 3 and parts[1] else name
+
+
+def _biotrainer_hash(sequence: str) -> str:
+    """The key of biotrainer (docs/h5_file_standardization.md, "Sequence hash definition")."""
+    return hashlib.sha256(f"{sequence}_{len(sequence)}".encode()).hexdigest()
 
 
 def from_flat(
-    source: _StrPath,
-    output: _StrPath,
-    *,
-    info: EncoderInfo | None = None,
-    sequences: Mapping[str, str] | None = None,
+    source: _StrPath, output: _StrPath, *, info: EncoderInfo | None = None, proteins: Proteins | None = None
 ) -> int:
-    """Read a file with one dataset per protein into our form; returns the number of proteins.
+    """Read a file with one dataset per protein into our form, whole or not at all; returns the number of proteins.
 
     Parameters
     ----------
     source, output : path-like
     info : EncoderInfo, optional
         How the vectors were made; files that `to_flat` wrote know it. Its width is taken from the file.
-    sequences : mapping of str to str, optional
-        Sequence of each id; files that `to_flat` wrote know what is needed of them.
+    proteins : callable, optional
+        Ids and sequences; the result holds these proteins, in this order. A protein is found by its id, by its
+        accession, or by the hash of its sequence that biotrainer or bio_embeddings make. Files that `to_flat` wrote
+        do without.
 
     Raises
     ------
     DataError
-        If something that the file does not say was not given, or a protein has no sequence.
+        If something that the file does not say was not given, or a protein is not in the file.
     FormatError
-        If a dataset is not a vector, or a matrix with a row per residue, of the same width as the others.
+        If a dataset is not a vector of finite numbers, or one per residue, of the same width as the others.
 
     Notes
     -----
-    Values per residue are averaged.
+    Values per residue are averaged, unless `info` says that the file keeps them.
     """
-    with _open(source) as file:
-        info = info or _own_info(source, file)
-        datasets: list[h5py.Dataset] = []
-        file.visititems(lambda name, item: datasets.append(item) if isinstance(item, h5py.Dataset) else None)
-        if not datasets:
-            raise DataError(f"{source}: no embedding in the file; was it written or copied completely?")
-        info = msgspec.structs.replace(info, width=int(datasets[0].shape[-1] if datasets[0].shape else 0))
-        ids = [str(item.attrs.get("original_id", item.name.removeprefix("/"))) for item in datasets]
-        known = [_sequence_of(name, item, sequences, source) for name, item in zip(ids, datasets, strict=True)]
+    with FlatFile(source) as flat:
+        info = msgspec.structs.replace(info or _own_info(flat), width=flat.width)
+        if proteins is not None:
+            ids, lengths, digests, keys = _asked_for(flat, proteins)
+        else:
+            ids, lengths, digests, keys = _by_themselves(flat)
+        per_residue = info.pooling == RESIDUES
+        pointers = None
+        if per_residue:
+            pointers = np.cumsum([0, *(flat.rows_of(key) for key in keys)], dtype=np.int64)
         write_embeddings(
             output,
             info=info,
             ids=ids,
-            lengths=[length for length, _ in known],
-            digests=[digest for _, digest in known],
-            blocks=_vectors(datasets, info.width, source),
+            lengths=lengths,
+            digests=digests,
+            blocks=flat.residues(keys) if per_residue else flat.vectors(keys, lengths),
+            pointers=pointers,
         )
         return len(ids)
 
 
-def _open(path: _StrPath) -> h5py.File:
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such file")
+_Chosen = tuple[list[str], NDArray[np.int64], list[bytes], list[str]]
+"""Ids, lengths, digests of the sequences, and keys in the file."""
+
+
+def _asked_for(flat: FlatFile, proteins: Proteins) -> _Chosen:
+    keys = flat.keys_by_id()
+    by_accession = {_accession(name): key for name, key in keys.items()}
+    ids, lengths, digests, chosen, missing = [], [], [], [], []
+    for name, sequence in proteins():
+        key = keys.get(name) or by_accession.get(_accession(name))
+        if key is None:
+            hashes = (_biotrainer_hash(sequence), hashlib.md5(sequence.encode()).hexdigest())
+            key = next((each for each in hashes if each in flat), None)
+        if key is None:
+            missing.append(name)
+            continue
+        known = flat.digest_of(key)
+        digest = sequence_digest(sequence)
+        if known is not None and known != digest:
+            raise DataError(
+                f"{flat.path}: dataset {key!r} is of another sequence than {name!r} in the file given with --proteins"
+            )
+        ids.append(name)
+        lengths.append(len(sequence))
+        digests.append(digest)
+        chosen.append(key)
+    if missing:
+        raise DataError(
+            f"{flat.path}: {len(missing)} of {len(missing) + len(ids)} proteins given with --proteins are not in it, "
+            f"first {missing[0]!r}; leave them out there"
+        )
+    return ids, np.array(lengths, dtype=np.int64), digests, chosen
+
+
+def _by_themselves(flat: FlatFile) -> _Chosen:
+    keys = flat.keys_by_id()
+    ids = sorted(keys, key=lambda name: flat.place_of(keys[name]))
+    digests = []
+    for name in ids:
+        digest = flat.digest_of(keys[name])
+        if digest is None:
+            raise DataError(
+                f"{flat.path}: the file does not hold the sequences' digests; give the proteins with --proteins"
+            )
+        digests.append(digest)
+    lengths = np.array([flat.length_of(keys[name]) for name in ids], dtype=np.int64)
+    return ids, lengths, digests, [keys[name] for name in ids]
+
+
+def _own_info(flat: FlatFile) -> EncoderInfo:
+    attributes = flat.attributes
+    if attributes.get("format") != FLAT_FORMAT:
+        raise DataError(f"{flat.path}: the file does not say which encoder made it; name it with --encoder-name")
+    fields = [field.name for field in msgspec.structs.fields(EncoderInfo)]
     try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise FormatError(f"{path}: not a readable HDF5 file ({error}); copy it again") from error
-
-
-def _own_info(source: _StrPath, file: h5py.File) -> EncoderInfo:
-    if file.attrs.get("format") != FLAT_FORMAT:
-        raise DataError(f"{source}: the file does not say which encoder made it; name it with --encoder-name")
-    fields = {field.name: file.attrs[field.name] for field in msgspec.structs.fields(EncoderInfo)}
-    return msgspec.convert(
-        {name: value.item() if isinstance(value, np.generic) else value for name, value in fields.items()}, EncoderInfo
-    )
-
-
-def _sequence_of(
-    name: str, item: h5py.Dataset, sequences: Mapping[str, str] | None, source: _StrPath
-) -> tuple[int, bytes]:
-    if "sha256" in item.attrs and "length" in item.attrs:
-        return int(item.attrs["length"]), bytes.fromhex(item.attrs["sha256"])
-    if sequences is None:
-        raise DataError(f"{source}: the file does not hold the sequences' digests; give the proteins with --proteins")
-    if name not in sequences:
-        raise DataError(f"{source}: protein {name!r} is not in the file given with --proteins; add it there")
-    return len(sequences[name]), sequence_digest(sequences[name])
-
-
-def _vectors(datasets: Sequence[h5py.Dataset], width: int, source: _StrPath) -> Iterator[NDArray[np.float32]]:
-    for first in range(0, len(datasets), CHUNK_ROWS):
-        rows = []
-        for item in datasets[first : first + CHUNK_ROWS]:
-            if item.dtype.kind != "f" or item.ndim not in (1, 2) or item.shape[-1] != width or not item.shape[0]:
-                raise FormatError(
-                    f"{source}: dataset {item.name!r}: expected a vector of width {width}, or one per residue, "
-                    f"found {item.dtype} of shape {item.shape}"
-                )
-            rows.append(item[:] if item.ndim == 1 else item[:].mean(axis=0, dtype=np.float64))
-        yield np.asarray(rows, dtype=np.float32)
+        return msgspec.convert({name: attributes[name] for name in fields if name in attributes}, EncoderInfo)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{flat.path}: attributes of the root: {error}; convert the file again") from error
