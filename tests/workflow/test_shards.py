@@ -160,3 +160,64 @@ def test_shards_as_cluster_jobs_equal_one_run(
         "embeddings gpu=0 mem_mb=4000 runtime=120 threads=1",
         "shard_proteins gpu=0 mem_mb=4000 runtime=120 threads=1",
     ]
+
+
+# a cluster of one node: jobs start at once, and their states are files
+SLURM = {
+    "sbatch": """#!{python}
+import os, subprocess, sys
+script = next(each.removeprefix("--wrap=") for each in sys.argv if each.startswith("--wrap="))
+asked = [each for each in sys.argv[1:-1] if not each.startswith(("--wrap", "--comment", "--job-name", "--output"))]
+with open("submitted.txt", "a") as file:
+    print(*asked, file=file)
+number = os.getpid()
+state = f"slurm-states/{number}"
+open(state, "w").write("RUNNING")
+outcome = f"&& echo COMPLETED > {state} || echo FAILED > {state}"
+subprocess.Popen(
+    ["sh", "-c", f"({script}) {outcome}"],
+    env={**os.environ, "SLURM_JOB_ID": str(number)},
+    stdout=open(f"slurm-{number}.out", "w"),
+    stderr=subprocess.STDOUT,
+)
+print(number)
+""",
+    "srun": """#!/bin/sh
+while case "$1" in -*) true;; *) false;; esac; do shift; done
+exec "$@"
+""",
+    "sacct": """#!/bin/sh
+for state in slurm-states/*; do echo "$(basename "$state")|$(cat "$state")"; done
+""",
+    "sinfo": "#!/bin/sh\necho gpu\n",
+    "sacctmgr": "#!/bin/sh\n",
+    "sshare": "#!/bin/sh\n",
+    "scontrol": "#!/bin/sh\n",
+}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("snakemake_executor_plugin_slurm") is None, reason="needs snakemake-executor-plugin-slurm"
+)
+def test_shards_through_the_profile_for_slurm_equal_one_run(
+    folder: Path,
+    settings: dict[str, object],
+    check_same: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands = folder / "bin"
+    commands.mkdir()
+    for name, script in SLURM.items():
+        (commands / name).write_text(script.replace("{python}", sys.executable))
+        (commands / name).chmod(0o755)
+    (folder / "slurm-states").mkdir()
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    (folder / "embeddings.yaml").write_text(yaml.safe_dump({**settings, "device": "auto", "threads": 2}))
+    arguments = ["--workflow-profile", str(ROOT / "profiles" / "slurm")]
+    arguments += ["--seconds-between-status-checks", "1", "--slurm-init-seconds-before-status-checks", "1"]
+    run_to_end(folder, *arguments, "--config", "shards=4")
+    check_same(folder / RESULT)
+    asked = (folder / "submitted.txt").read_text().splitlines()
+    for words in ("--gpus=1", "--mem 16000", "-t 240", "--cpus-per-task=2"):
+        assert sum(words in line for line in asked) == 4, asked
+    assert sum("--mem 4000" in line and "--gpus" not in line for line in asked) == 2
