@@ -45,7 +45,7 @@ from fedbio.settings_parts import (
 
 class EncoderSettings(Section):
     name: str = "esm1nv-44m"
-    """A built-in architecture, or the path of a folder or checkpoint file with trained weights."""
+    """A built-in architecture, or trained weights: the path of a folder or file, or a name in the cache of encoders."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """SHA-256 that the weights must have; null takes them as they are and records it."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -24,7 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder with a trained classifier")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="CSV", help="table to write")
     parser.add_argument(
-        "--encoder", metavar="PATH", help="folder or file of the model's encoder; not needed if that is built in"
+        "--encoder",
+        metavar="ENCODER",
+        help="folder, file or name of the model's encoder; not needed if built in or, by its name, in the cache",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights of an untrained encoder")
     parser.add_argument(
@@ -68,8 +70,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _embed(args: argparse.Namespace, output: Path, trained_with: EncoderInfo) -> None:
     """Embed the proteins with the model's encoder; another one is refused before any work."""
     from fedbio.encoder import BUILT_IN, embed_file
+    from fedbio.encoder_names import cached_path
 
-    if args.encoder is None and trained_with.name not in BUILT_IN:
+    known = trained_with.name in BUILT_IN or cached_path(trained_with.name) is not None
+    if args.encoder is None and not known:
         raise DataError(
             f"{args.model}: trained with the encoder {trained_with.name!r} of SHA-256 {trained_with.weights_sha256}; "
             "give its folder or file with --encoder"

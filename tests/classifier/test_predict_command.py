@@ -65,7 +65,11 @@ def test_every_protein_gets_a_row_in_the_order_of_the_file(
 
 
 def test_one_protein_is_embedded_with_the_encoder_that_is_named(
-    small_encoder: Path, tmp_path: Path, classes: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    small_encoder: Path,
+    tmp_path: Path,
+    classes: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "one.fasta").write_text(">P1\nMKVLAAGIVGAA\n")
     encoder = embed_file(tmp_path / "one.fasta", tmp_path / "one.h5", encoder=small_encoder, threads=1).encoder
@@ -80,6 +84,11 @@ def test_one_protein_is_embedded_with_the_encoder_that_is_named(
     assert main([*again, "--encoder", str(small_encoder), "--threads", "1"]) == 0
     assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
     assert (tmp_path / "kept.h5").is_file()
+
+    # an encoder in the cache is found by the name that the model remembers
+    monkeypatch.setenv("FEDBIO_ENCODERS", str(small_encoder.parent))
+    assert main([*arguments[:-1], str(tmp_path / "named.csv"), "--threads", "1"]) == 0
+    assert (tmp_path / "named.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
 
 
 def test_another_encoder_is_refused_by_its_digest(
