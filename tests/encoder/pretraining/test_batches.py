@@ -14,7 +14,6 @@ from fedbio.encoder.pretraining.batches import Packs, Place, mean_pack_tokens, p
 from fedbio.encoder.pretraining.corpus import Inputs, Proteins, corpus_of
 from fedbio.encoder.pretraining.feed import portions
 from fedbio.encoder.pretraining.masking import Masker
-from fedbio.errors import DataError
 
 from .conftest import write_proteins
 
