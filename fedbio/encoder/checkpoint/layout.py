@@ -86,10 +86,11 @@ def to_ours(state: State, config: EncoderConfig, layout: Layout) -> Weights:
         weights[f"{ours}.bias"] = state.take(f"{theirs}.bias", shape[:1])
     parts = len(layout.qkv)
     for number in range(config.layers):
-        for part, shape in (("weight", (3 * width // parts, width)), ("bias", (3 * width // parts,))):
-            taken = [state.take(f"{name}.{part}", shape) for name in layout.projections(number)]
-            joined = _sorted_by_use(taken[0], config.heads) if parts == 1 else np.concatenate(taken)
-            weights[f"layers.{number}.qkv.{part}"] = joined
+        for part, shape in (("weight", (3 * width, width)), ("bias", (3 * width,))):
+            joined = np.empty(shape, np.float32)
+            for name, third in zip(layout.projections(number), np.split(joined, parts), strict=True):
+                state.take(f"{name}.{part}", third.shape, into=third)
+            weights[f"layers.{number}.qkv.{part}"] = _sorted_by_use(joined, config.heads) if parts == 1 else joined
     weights |= _head(state, config, layout)
     weights = {name: np.ascontiguousarray(tensor) for name, tensor in weights.items()}
     check_shapes(weights, config, where=state.where)

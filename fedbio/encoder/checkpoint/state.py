@@ -58,8 +58,16 @@ class State:
             raise FormatError(f"{self.where}: tensor {name!r}: expected a matrix, found shape {list(shape)}")
         return int(shape[0])
 
-    def take(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def take(self, name: str, shape: tuple[int, ...], into: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Return a copy of a tensor in float32.
+
+        Parameters
+        ----------
+        name : str
+        shape : tuple of int
+            What the architecture wants.
+        into : ndarray, float32, optional
+            Of this shape: filled and returned instead of new memory.
 
         Raises
         ------
@@ -76,7 +84,8 @@ class State:
         # a view may repeat a few stored numbers endlessly; copied out it would fill the memory
         if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise FormatError(f"{self.where}: tensor {name!r}: its shape claims more numbers than are stored")
-        array: NDArray[np.float32] = torch.empty(shape).copy_(tensor).numpy()
+        array = np.empty(shape, np.float32) if into is None else into
+        torch.from_numpy(array).copy_(tensor)
         if not np.isfinite(array).all():
             raise FormatError(f"{self.where}: tensor {name!r}: holds infinite or undefined numbers; get a fresh copy")
         self._taken.add(name)
