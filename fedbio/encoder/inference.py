@@ -4,19 +4,23 @@ from __future__ import annotations
 
 __all__ = ["Inference", "Pooling", "choose_device", "choose_dtype"]
 
+import itertools
 import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedbio.encoder.alphabet import ALPHABETS
-from fedbio.encoder.linear import use_arithmetic
-from fedbio.encoder.network import Encoder
+from fedbio.encoder.cpu import CpuEncoder
+from fedbio.encoder.network import Encoder, Runs, send
 from fedbio.encoder.packs import ENDS, Plan
 from fedbio.errors import MachineError, SettingsError
 from fedbio.weights import EncoderConfig, Weights
@@ -25,6 +29,11 @@ log = logging.getLogger(__name__)
 
 Pooling = Literal["mean", "max", "start", "residues"]
 """How the vectors of a protein's residues become its embedding."""
+
+# a CPU's thread computes so many tokens at a time: fewer make more small products, more do not stay in its cache
+_PART_TOKENS = 1024
+# parts that wait or are computed, for each thread
+_PARTS_AHEAD = 2
 
 
 def choose_device(name: str) -> torch.device:
@@ -114,7 +123,7 @@ class Inference:
     ) -> None:
         if layer is not None and not 0 <= layer <= config.layers:
             raise SettingsError(f"layer {layer}: {config.name} has layers 0 to {config.layers}")
-        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+        threads = threads or len(os.sched_getaffinity(0))
         self.config, self.device, self.dtype = config, device, dtype
         self.pooling, self.layer = pooling, layer
         self._alphabet = ALPHABETS[config.alphabet]
@@ -124,8 +133,20 @@ class Inference:
             {name: torch.from_numpy(tensor) for name, tensor in weights.items() if not name.startswith("lm_head.")},
             assign=True,
         )
-        # norms, tables and the residual stream stay float32
-        self._network = use_arithmetic(network.requires_grad_(False).eval(), dtype).to(device)
+        network.requires_grad_(False).eval()
+        self._network: Callable[[Tensor, Runs, int | None], Tensor]
+        if device.type == "cpu":
+            able = choose_dtype("auto", device) if dtype == torch.int8 else dtype
+            self._network = CpuEncoder(network, able, int8=dtype == torch.int8)
+            self._lanes = _lanes(threads)
+        else:
+            for module in network.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(dtype)  # norms, tables and the residual stream stay float32
+            self._network = network.to(device)
+            # while one waits for its vectors, the other makes the next pack ready
+            self._lanes = _lanes(2)
+        torch.set_num_threads(threads)
 
     def pack(self, sequences: Sequence[bytes], plan: Plan, number: int) -> NDArray[np.float32]:
         """Embed the pieces of one pack.
@@ -144,7 +165,34 @@ class Inference:
             For each piece the sum over the residues that count (mean) or their maximum (max) or the vector of the start
             token (start); or the vectors of all residues that count, piece after piece (residues).
         """
-        return self._span(sequences, plan, int(plan.packs[number]), int(plan.packs[number + 1]))
+        return next(self.packs(sequences, plan, [number]))
+
+    def packs(self, sequences: Sequence[bytes], plan: Plan, numbers: Iterable[int]) -> Iterator[NDArray[np.float32]]:
+        """Embed one pack after the other, the next ones while the caller has the last in hand; see `pack`."""
+        begun: deque[list[Future[NDArray[np.float32]]]] = deque()
+        try:
+            for number in numbers:
+                parts = self._parts(plan, int(plan.packs[number]), int(plan.packs[number + 1]))
+                begun.append([self._lanes.submit(self._span, sequences, plan, *part) for part in parts])
+                while len(begun) > 1 and sum(map(len, begun)) > _PARTS_AHEAD * self._lanes._max_workers:
+                    yield _join(begun.popleft())
+            while begun:
+                yield _join(begun.popleft())
+        finally:
+            for future in itertools.chain.from_iterable(begun):
+                future.cancel()
+
+    def _parts(self, plan: Plan, first: int, last: int) -> list[tuple[int, int]]:
+        """Cut a pack into what one thread computes at a time, whatever the number of threads."""
+        if self.device.type != "cpu":
+            return [(first, last)]
+        parts, tokens = [first], 0
+        for piece, length in enumerate((plan.end[first:last] - plan.begin[first:last] + ENDS).tolist(), start=first):
+            if tokens and tokens + length > _PART_TOKENS:
+                parts.append(piece)
+                tokens = 0
+            tokens += length
+        return list(itertools.pairwise([*parts, last]))
 
     def _span(self, sequences: Sequence[bytes], plan: Plan, first: int, last: int) -> NDArray[np.float32]:
         try:
@@ -155,6 +203,7 @@ class Inference:
                     f"{self.device}: not enough memory for one protein of {plan.end[first] - plan.begin[first]} "
                     "residues; stop other programs there or use device cpu"
                 ) from error
+        # outside of the handler, whose exception holds on to what it was made with
         torch.cuda.empty_cache()
         middle = (first + last) // 2
         log.warning("out of memory on %s, pack halved pieces=%d", self.device, last - first)
@@ -175,10 +224,42 @@ class Inference:
         changes = np.flatnonzero(np.diff(lengths, prepend=0))
         counts = np.diff(changes, append=len(lengths))
         runs = list(zip(counts.tolist(), lengths[changes].tolist(), strict=True))
-        hidden = self._network(torch.from_numpy(tokens).to(self.device), runs, self.layer)  # (T, D)
+        hidden = self._network(send(torch.from_numpy(tokens), self.device), runs, self.layer)  # (T, D)
         counted = plan.pool_end[first:last] - plan.pool_begin[first:last]
         before = plan.pool_begin[first:last] - begin + 1
-        return pool(hidden, lengths, before, counted, self.pooling).cpu().numpy()
+        vectors = pool(hidden, lengths, before, counted, self.pooling)
+        if self.device.type == "cpu":
+            return vectors.numpy()
+        received = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+        received.copy_(vectors, non_blocking=True)
+        # an event, not the stream: the next pack may be in the queue already
+        torch.cuda.current_stream(self.device).record_event().synchronize()
+        return received.numpy()
+
+
+def _lanes(threads: int) -> ThreadPoolExecutor:
+    """Start threads whose products keep to one core each.
+
+    Notes
+    -----
+    torch keeps the number of cores by thread, and gives a new thread the number that was last set by any: the caller
+    sets it again for those that come later.
+    """
+    lanes = ThreadPoolExecutor(threads, "encoder")
+    all_there = threading.Barrier(threads)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        all_there.wait()
+
+    for future in [lanes.submit(begin) for _ in range(threads)]:
+        future.result()
+    return lanes
+
+
+def _join(futures: list[Future[NDArray[np.float32]]]) -> NDArray[np.float32]:
+    arrays = [future.result() for future in futures]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def pool(
@@ -199,11 +280,14 @@ def pool(
         See `Inference.pack`.
     """
     if pooling == "start":
-        return hidden[torch.from_numpy(np.cumsum(lengths) - lengths).to(hidden.device)]
+        return hidden[send(torch.from_numpy(np.cumsum(lengths) - lengths), hidden.device)]
     # start token and left context, residues that count, right context and end token: every second of three is wanted
     parts = np.stack([before, counted, lengths - before - counted], axis=1).reshape(-1)
     if pooling == "residues":
         wanted = np.repeat(np.resize([False, True, False], len(parts)), parts)
-        return hidden[torch.from_numpy(np.flatnonzero(wanted)).to(hidden.device)]
+        return hidden[send(torch.from_numpy(np.flatnonzero(wanted)), hidden.device)]
     how = "sum" if pooling == "mean" else "max"
-    return torch.segment_reduce(hidden, how, lengths=torch.from_numpy(parts).to(hidden.device), axis=0)[1::3]
+    # unsafe leaves out checks for which the device's queue would have to be emptied; the parts sum up to T
+    return torch.segment_reduce(hidden, how, lengths=send(torch.from_numpy(parts), hidden.device), axis=0, unsafe=True)[
+        1::3
+    ]

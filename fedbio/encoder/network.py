@@ -14,9 +14,9 @@ feed-forward network, H heads, E = D / H, V vocabulary.
 
 from __future__ import annotations
 
-__all__ = ["Encoder", "LanguageModelHead", "Runs"]
+__all__ = ["Encoder", "LanguageModelHead", "Runs", "attend", "send"]
 
-import math
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -25,28 +25,43 @@ from torch import Tensor, nn
 
 from fedbio.weights import EncoderConfig
 
+try:
+    from torch.nn.attention.varlen import varlen_attn  # torch 2.10
+except ImportError:
+    varlen_attn = None  # type: ignore[assignment]
+
 Runs = Sequence[tuple[int, int]]
 """The proteins of a pack in order: (number of neighbours of equal length, their length in tokens)."""
 
-_GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
-_GELU_CUBIC = _GELU_SLOPE * 0.044715
-
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in the tanh approximation, (T, F) -> (T, F); the argument may be overwritten at inference."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
-        return F.gelu(x, approximate="tanh")
-    # (1 + tanh u) / 2 = sigmoid(2u): the same function, at half the cost of tanh on a CPU
-    gate = torch.addcmul(x.new_tensor(_GELU_SLOPE), x, x, value=_GELU_CUBIC)
-    return x.mul_(gate.mul_(x).sigmoid_())
+    """GELU in the tanh approximation, (T, F) -> (T, F)."""
+    return F.gelu(x, approximate="tanh")
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy from the CPU to a device without waiting for what the device has to do before."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=8)
+def borders_and_positions(runs: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each protein of a pack begins, and T at last, (proteins + 1,) int32; a token's place in its own, (T,)."""
+    with torch.inference_mode(False):  # what is kept serves training, too
+        lengths = torch.tensor([length for count, length in runs for _ in range(count)])
+        borders = F.pad(lengths.cumsum(0), (1, 0))  # (proteins + 1,)
+        positions = torch.arange(int(borders[-1])) - torch.repeat_interleave(borders[:-1], lengths)  # (T,)
+        return send(borders.int(), device), send(positions, device)
+
+
+@functools.lru_cache(maxsize=64)
 def rotary_tables(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine by which a query or key turns at each position, two of (length, size) float32."""
-    speeds = 1.0 / (10000 ** (torch.arange(0, size, 2, device=device).float() / size))  # (E / 2,)
-    angles = torch.outer(torch.arange(length, device=device).float(), speeds)  # (L, E / 2)
-    angles = torch.cat((angles, angles), dim=-1)  # (L, E)
-    return angles.cos(), angles.sin()
+    with torch.inference_mode(False):
+        speeds = 1.0 / (10000 ** (torch.arange(0, size, 2, device=device).float() / size))  # (E / 2,)
+        angles = torch.outer(torch.arange(length, device=device).float(), speeds)  # (L, E / 2)
+        angles = torch.cat((angles, angles), dim=-1)  # (L, E)
+        return angles.cos(), angles.sin()
 
 
 def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -80,7 +95,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.ffn, config.width)
 
     def forward(self, x: Tensor, runs: Runs) -> Tensor:  # (T, D) -> (T, D)
-        dtype = getattr(self.qkv, "dtype", self.qkv.weight.dtype)
+        dtype = self.qkv.weight.dtype
         h = self.attention_norm(x).to(dtype)  # (T, D)
         x = x + self.out(self.attention(self.qkv(h), runs))  # (T, D)
         h = self.ffn_norm(x).to(dtype)  # (T, D)
@@ -90,7 +105,9 @@ class Layer(nn.Module):
 
     def attention(self, qkv: Tensor, runs: Runs) -> Tensor:
         """Attend within each protein, (T, 3D) -> (T, D)."""
-        mixed = qkv.new_empty(len(qkv), qkv.shape[1] // 3)  # (T, D)
+        if varlen_attn is not None and qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
+            return self.flash_attention(qkv, runs)
+        mixed = []
         start = 0
         for count, length in runs:
             stop = start + count * length
@@ -100,10 +117,23 @@ class Layer(nn.Module):
             if self.rotary:
                 cosine, sine = rotary_tables(length, q.shape[-1], q.device)
                 q, k = turn(q, cosine, sine), turn(k, cosine, sine)
-            attended = attend(q, k, v)  # (N, H, L, E)
-            mixed[start:stop].view(count, length, self.heads, -1).copy_(attended.transpose(1, 2))  # (N, L, H, E)
+            mixed.append(attend(q, k, v).transpose(1, 2).reshape(count * length, -1))  # (N L, D)
             start = stop
-        return mixed
+        return torch.cat(mixed)
+
+    def flash_attention(self, qkv: Tensor, runs: Runs) -> Tensor:
+        """Attend within all proteins of a pack in one kernel, (T, 3D) -> (T, D)."""
+        borders, positions = borders_and_positions(tuple(runs), qkv.device)
+        longest = max(length for _, length in runs)
+        q, k, v = qkv.view(len(qkv), 3, self.heads, -1).unbind(1)  # (T, H, E) each
+        if self.rotary:
+            cosine, sine = (
+                table[positions][:, None] for table in rotary_tables(longest, q.shape[-1], q.device)
+            )  # (T, 1, E) each
+            q, k = turn(q, cosine, sine), turn(k, cosine, sine)
+        mixed = varlen_attn(q, k, v, borders, borders, longest, longest)  # (T, H, E)
+        assert isinstance(mixed, Tensor)
+        return mixed.flatten(1)
 
 
 class LanguageModelHead(nn.Module):
@@ -153,20 +183,25 @@ class Encoder(nn.Module):
         Tensor, shape (T, D), float32
             Output of the last layer after the final norm, or that of an earlier one as it is.
         """
-        longest = max(length for _, length in runs)
-        if longest > self.config.max_tokens:
-            raise ValueError(f"a protein of {longest} tokens; {self.config.name} takes {self.config.max_tokens}")
-        x = self.tokens(tokens).float() * self.config.token_scale  # (T, D)
-        if self.config.positions == "learned":
-            steps = torch.arange(longest, device=tokens.device)
-            x = x + self.positions(torch.cat([steps[:length].repeat(count) for count, length in runs]))  # (T, D)
-        if self.config.embedding_norm:
-            x = self.embedding_norm(x)
+        x: Tensor = self.embed(tokens, runs)
         last = len(self.layers) if layer is None else layer
         for block in self.layers[:last]:
             x = block(x, runs)
         if last == len(self.layers):
             x = self.final_norm(x)
+        return x
+
+    def embed(self, tokens: Tensor, runs: Runs) -> Tensor:
+        """What enters the first layer, (T,) -> (T, D) float32."""
+        longest = max(length for _, length in runs)
+        if longest > self.config.max_tokens:
+            raise ValueError(f"a protein of {longest} tokens; {self.config.name} takes {self.config.max_tokens}")
+        x: Tensor = self.tokens(tokens).float() * self.config.token_scale  # (T, D)
+        if self.config.positions == "learned":
+            _, positions = borders_and_positions(tuple(runs), tokens.device)
+            x = x + self.positions(positions)  # (T, D)
+        if self.config.embedding_norm:
+            x = self.embedding_norm(x)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

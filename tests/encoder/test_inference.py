@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fedbio.encoder.inference import Inference, choose_device, choose_dtype
+from fedbio.encoder import inference
+from fedbio.encoder.inference import Inference, Pooling, choose_device, choose_dtype
 from fedbio.encoder.packs import make_plan
 from fedbio.errors import MachineError, SettingsError
 from fedbio.weights import Weights
 
-from .conftest import TINY
+from .conftest import TINY, slow_encoder
 
 CPU = torch.device("cpu")
 
@@ -50,6 +52,18 @@ def test_an_unknown_dtype_is_refused() -> None:
         choose_dtype("float16", CPU)
 
 
+def test_int8_is_for_a_cpu() -> None:
+    assert choose_dtype("int8", CPU) == torch.int8
+    with pytest.raises(SettingsError, match="dtype 'int8': only a CPU computes it, not cuda; use bfloat16"):
+        choose_dtype("int8", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_layer_that_is_not_there_is_refused(tiny_weights: Weights, layer: int) -> None:
+    with pytest.raises(SettingsError, match=f"layer {layer}: tiny has layers 0 to 2"):
+        Inference(TINY, tiny_weights, device=CPU, dtype=torch.float32, threads=1, layer=layer)
+
+
 class Cramped(Inference):
     """Memory for three pieces, no more."""
 
@@ -63,6 +77,83 @@ class Cramped(Inference):
 
 
 SEQUENCES = [b"MKVLAAGIVG", b"LCAKAYWTPQ", b"DENRHFS", b"MKVLA", b"ACD", b"GHIKL", b"M"]
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+@pytest.mark.parametrize("windows", [False, True])
+def test_every_pooling_is_one_of_the_same_residues(tiny_weights: Weights, windows: bool, layer: int | None) -> None:
+    sequences = [b"ACDEFGHIKLMNPQRSTVWY" * 4, *SEQUENCES]
+    plan = make_plan([len(s) for s in sequences], max_residues=32, windows=windows, budget=1000)
+
+    def pooled(pooling: Pooling) -> Any:
+        options: Any = {"device": CPU, "dtype": torch.float32, "threads": 1}
+        return Inference(TINY, tiny_weights, **options, pooling=pooling, layer=layer).pack(sequences, plan, 0)
+
+    residues = pooled("residues")
+    counted = plan.pool_end - plan.pool_begin
+    assert residues.shape == (counted.sum(), 32)
+    pieces = np.split(residues, np.cumsum(counted)[:-1])
+    np.testing.assert_allclose(pooled("mean"), [piece.sum(axis=0) for piece in pieces], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(pooled("max"), [piece.max(axis=0) for piece in pieces])
+    # no residue's vector is that of the token before it
+    start = pooled("start")
+    assert start.shape == (len(pieces), 32)
+    assert min(np.abs(residues - row).max(axis=1).min() for row in start) > 1e-3
+    if layer is None:
+        tokens = np.array(
+            [1, *Inference(TINY, tiny_weights, device=CPU, dtype=torch.float32)._alphabet.encode(b"M"), 2]
+        )
+        expected = slow_encoder(TINY, tiny_weights, tokens)
+        np.testing.assert_allclose(start[-1], expected[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(pieces[-1][0], expected[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_bytes_depend_on_the_plan_alone(
+    tiny_weights: Weights, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "_PART_TOKENS", 40)
+    random = np.random.default_rng(3)
+    sequences = [bytes(random.choice(list(b"ACDEFGHIKL"), length).tolist()) for length in random.integers(1, 33, 40)]
+    plan = make_plan([len(s) for s in sequences], max_residues=32, windows=False, budget=200)
+    one = Inference(TINY, tiny_weights, device=CPU, dtype=dtype, threads=1)
+    three = Inference(TINY, tiny_weights, device=CPU, dtype=dtype, threads=3)
+    numbers = range(len(plan.packs) - 1)
+    expected = [one.pack(sequences, plan, number) for number in numbers]
+    assert [len(rows) for rows in expected] == np.diff(plan.packs).tolist()
+    for encoder in (one, three):
+        for found, wanted in zip(encoder.packs(sequences, plan, numbers), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_order_of_proteins_does_not_matter(tiny_weights: Weights) -> None:
+    encoder = Inference(TINY, tiny_weights, device=CPU, dtype=torch.float32, threads=1)
+    means = []
+    for sequences in (SEQUENCES, SEQUENCES[::-1]):
+        plan = make_plan([len(s) for s in sequences], max_residues=32, windows=False, budget=25)
+        sums = np.concatenate(list(encoder.packs(sequences, plan, range(len(plan.packs) - 1))))
+        means.append({sequences[p]: row / len(sequences[p]) for p, row in zip(plan.protein, sums, strict=True)})
+    for residues, mean in means[0].items():
+        np.testing.assert_allclose(mean, means[1][residues], rtol=0, atol=1e-6)
+
+
+def test_threads_of_the_caller_are_those_asked_for(tiny_weights: Weights) -> None:
+    Inference(TINY, tiny_weights, device=CPU, dtype=torch.float32, threads=3)
+    assert torch.get_num_threads() == 3
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [3]
+
+
+def test_a_caller_that_leaves_early_stops_what_is_not_begun(tiny_weights: Weights) -> None:
+    encoder = Inference(TINY, tiny_weights, device=CPU, dtype=torch.float32, threads=1)
+    plan = make_plan([len(s) for s in SEQUENCES], max_residues=32, windows=False, budget=12)
+    packs = encoder.packs(SEQUENCES, plan, range(len(plan.packs) - 1))
+    first = next(packs)
+    packs.close()
+    np.testing.assert_array_equal(encoder.pack(SEQUENCES, plan, 0), first)
 
 
 def test_a_pack_that_does_not_fit_is_halved(tiny_weights: Weights, caplog: pytest.LogCaptureFixture) -> None:
