@@ -4,8 +4,9 @@ Three sites, twenty rounds of the 512-256-128-64 classifier on 768 features. A s
 log; what a round took at the server beyond the slowest site's task is spent outside training. The limit is a bare gRPC
 loop in the same run that moves the same bytes between as many processes, with the same encryption, sums and digests.
 The same run gives the server's start, from the process's to its line ``server listening on ...``, its memory at rest
-and at its peak, and the processor time of a round over all parties. Last, ``fedbio simulate`` is timed from its start
-to the first round's task, with the imports of all sites.
+and at its peak, and the processor time of a round over all parties. ``fedbio simulate`` is timed from its start until
+the first round has all answers, beside as many bare imports of the scripts' library at once. Last, rounds in which
+nobody trains are timed with 3, 10, 30 and 100 sites.
 
 The last line of output is one JSON object in the form that README.md describes; the exit code is 0 if all goals are
 met.
@@ -30,9 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import _bare
+import _crowd
 import numpy as np
 import yaml
 from _processes import Party
+from safetensors.numpy import save_file
 
 from fedbio.embeddings import sequence_digest, write_embeddings
 from fedbio.proteins import COMPARTMENTS, Protein, write_fasta
@@ -46,8 +49,10 @@ GOALS = {
     "server start to listening": 0.5,
     "server memory at rest": 100.0,
     "simulate to the first round": 3.0,
+    "growth per site": 1.5,  # times that of the fewest sites
 }
 MODEL = "512-256-128-64"
+GROWTH_ROUNDS = 5
 
 
 def make_site(folder: Path, name: str, count: int, seed: int) -> None:
@@ -79,7 +84,7 @@ def make_site(folder: Path, name: str, count: int, seed: int) -> None:
 def start_server(command: list[str], environment: dict[str, str]) -> tuple[subprocess.Popen[str], str, float]:
     """Start a server and return it, its address and the seconds until it listened."""
     started = time.perf_counter()
-    server = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     for line in server.stderr:
         if "server listening on " in line:
@@ -166,35 +171,117 @@ def bare_loop(sites: int, rounds: int, folder: Path) -> list[float]:
 
 
 SCRIPT = """
-import torch
+import {library}
 
 import fedbio.client as flare
 
 
 def net():
-    return torch.nn.Linear(768, 10)
+    return {net}
 
 
 if __name__ == "__main__":
     flare.init()
     while flare.is_running():
         model = flare.receive()
-        flare.send(flare.FLModel(params=model.params, metrics={"accuracy": 0.5}))
+        flare.send(flare.FLModel(params=model.params, metrics={{"accuracy": 0.5}}))
 """
 
+NETS = {"torch": "torch.nn.Linear(768, 10)", "numpy": "{'weight': numpy.zeros((10, 768), numpy.float32)}"}
+"""What a script returns as its first model, by the library that it imports."""
 
-def first_round(sites: int, folder: Path) -> float:
-    """Return the seconds from the start of ``fedbio simulate`` to the first task of a script that imports torch."""
+
+def first_round(sites: int, library: str, folder: Path) -> tuple[float, float]:
+    """Return the seconds to the first round, and those of the bare imports.
+
+    They go from the start of ``fedbio simulate`` until every site's script has answered its first task to train: data,
+    kits, the start of a server and of all sites, the scripts, and the model that one of them makes. The bare imports
+    are as many interpreters at once that import the library and end.
+    """
     folder.mkdir()
-    (folder / "train.py").write_text(SCRIPT)
+    bare_started = time.perf_counter()
+    bare = [subprocess.Popen([sys.executable, "-c", f"import {library}"]) for _ in range(sites)]
+    for each in bare:
+        each.wait()
+    bare_s = time.perf_counter() - bare_started
+    (folder / "train.py").write_text(SCRIPT.format(library=library, net=NETS[library]))
     job = {"workflow": "fedavg", "rounds": 2, "client": {"script": "train.py", "initial": "train.py:net"}}
     (folder / "job.yaml").write_text(yaml.safe_dump({"jobs": [job]}))
     started = datetime.now(UTC)
     command = [sys.executable, "-m", "fedbio", "simulate", f"{folder}/job.yaml", "--sites", str(sites)]
     subprocess.run([*command, "-o", f"{folder}/run"], check=True, capture_output=True)
-    sent = [each for each in read_events(folder / "run" / "server") if each["event"] == "task sent"]
-    first = next(each for each in sent if each["task"].endswith("train"))
-    return (datetime.fromisoformat(first["time"]) - started).total_seconds()
+    closed = [each for each in read_events(folder / "run" / "server") if each["event"] == "task closed"]
+    first = next(each for each in closed if each["task"] == "client/train")
+    return (datetime.fromisoformat(first["time"]) - started).total_seconds(), bare_s
+
+
+def first_rounds(sites: int, library: str, folder: Path) -> tuple[float, float]:
+    """Return the medians of three starts, each beside its bare imports."""
+    found = [first_round(sites, library, folder / f"{library}-{turn}") for turn in range(3)]
+    times, bare = zip(*found, strict=True)
+    return float(np.median(times)), float(np.median(bare))
+
+
+def growth(sites: int, rounds: int, folder: Path) -> dict[str, float]:
+    """Return what a round with many sites costs, in which nobody trains.
+
+    The server is a process as always; the sites are real ones with connections of their own over gRPC and mutual TLS,
+    on threads of as many processes as there are processors.
+
+    Returns
+    -------
+    dict
+        ``round`` in seconds (the median), ``cpu`` seconds of the server in a round, and its peak memory in MB.
+    """
+    names = [f"site-{number}" for number in range(1, sites + 1)]
+    folder.mkdir()
+    settings = {"federation": "benchmark", "server": {"address": "127.0.0.1:1"}, "sites": names}
+    provision(FederationFile.model_validate(settings), folder / "kits")
+    (folder / "train.py").write_text("# its tasks are played\n")
+    widths = [768, *map(int, MODEL.split("-")), len(COMPARTMENTS)]
+    model = {
+        f"layers.{number}.weight": np.ones((after, before + 1), np.float32)
+        for number, (before, after) in enumerate(itertools.pairwise(widths))
+    }
+    save_file(model, folder / "model.safetensors")
+    job = {"workflow": "fedavg", "rounds": rounds, "model": "model.safetensors", "client": {"script": "train.py"}}
+    (folder / "jobs.yaml").write_text(yaml.safe_dump({"jobs": [job], "tracking": []}))
+    serve = [
+        sys.executable,
+        "-m",
+        "fedbio",
+        "server",
+        "--kit",
+        f"{folder}/kits/server",
+        "--jobs",
+        f"{folder}/jobs.yaml",
+    ]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    server, address, _ = start_server([*serve, "-o", f"{folder}/server", "--listen", "127.0.0.1:0"], dict(os.environ))
+    crowd = min(sites, len(os.sched_getaffinity(0)))
+    with contextlib.ExitStack() as stack:
+        parties = [stack.enter_context(Party(f"crowd-{number}", {"OMP_NUM_THREADS": "1"})) for number in range(crowd)]
+        for number, party in enumerate(parties):
+            party.start(_crowd.play, str(folder), names[number::crowd], address)
+        log = server.communicate()[1]
+        # before the others end, which count as well
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if server.returncode:
+            raise SystemExit(f"the run failed:\n{log}")
+        for party in parties:
+            party.result()
+    sent = [
+        each
+        for each in read_events(folder / "server")
+        if each["event"] == "task sent" and each["task"] != "client/deploy"
+    ]
+    took = [seconds_between(this["time"], after["time"]) for this, after in itertools.pairwise(sent)][:rounds]
+    record = json.loads((folder / "server" / "party.json").read_text())
+    return {
+        "round": float(np.median(took[1:])),
+        "cpu": (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / rounds,
+        "memory": record["peak_memory_bytes"] / 1e6,
+    }
 
 
 def outside_training(folder: Path, names: list[str]) -> list[float]:
@@ -253,13 +340,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sites", type=int, default=3, help="number of sites (default: 3)")
     parser.add_argument("--rounds", type=int, default=20, help="number of rounds (default: 20)")
+    parser.add_argument(
+        "--growth",
+        type=int,
+        nargs="*",
+        default=[3, 10, 30, 100],
+        metavar="N",
+        help="numbers of sites (default: 3 10 30 100)",
+    )
     parser.add_argument("--proteins", type=int, default=300, help="proteins per site (default: 300)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fedbio-rounds-") as folder:
         found = measure(args.sites, args.rounds, args.proteins, Path(folder) / "rounds")
         short = measure(args.sites, 1, args.proteins, Path(folder) / "short")
         bare = float(np.median(bare_loop(args.sites, args.rounds, Path(folder) / "rounds")))
-        first = first_round(args.sites, Path(folder) / "first")
+        first = {library: first_rounds(args.sites, library, Path(folder)) for library in NETS}
+        grown = {
+            sites: growth(sites, GROWTH_ROUNDS, Path(folder) / f"growth-{sites}") for sites in sorted(set(args.growth))
+        }
     # the median: a machine's other work shows in the worst rounds
     outside = float(np.median(found["outside"]))
     results = [
@@ -267,9 +365,25 @@ def main() -> int:
         result("server start to listening", found["listening"], "s", most=GOALS["server start to listening"]),
         result("server memory at rest", found["resting"], "MB", most=GOALS["server memory at rest"]),
         result("server peak memory", found["memory"], "MB"),
-        result("simulate to the first round", first, "s", most=GOALS["simulate to the first round"]),
+        *(
+            result(
+                f"simulate to the first round, {library}", took, "s", limit=bare_s,
+                most=GOALS["simulate to the first round"],
+            )
+            for library, (took, bare_s) in first.items()
+        ),
         result("processor time of a round, all parties", (found["cpu"] - short["cpu"]) / (args.rounds - 1), "s"),
-    ]
+    ]  # fmt: skip
+    fewest = min(grown, default=0)
+    for sites, costs in grown.items():
+        results += [
+            result(
+                f"round without training per site, {sites} sites", costs["round"] / sites, "s",
+                limit=grown[fewest]["round"] / fewest, most_times=GOALS["growth per site"],
+            ),
+            result(f"processor time of the server in a round, {sites} sites", costs["cpu"], "s"),
+            result(f"server peak memory, {sites} sites", costs["memory"], "MB"),
+        ]  # fmt: skip
     machine = {
         "cores": len(os.sched_getaffinity(0)),
         "processor": platform.machine(),
