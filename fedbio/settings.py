@@ -61,6 +61,7 @@ from fedbio.settings_jobs import (
     ClassifyJob,
     EmbedJob,
     EncoderSettings,
+    FedAvgJob,
     Job,
     ModelSelection,
     ProjectionJob,
@@ -104,6 +105,22 @@ class JobsFile(Section):
     tracking: Annotated[list[Literal["tensorboard", "mlflow", "wandb"]], AfterValidator(no_twins)] | None = None
     """Where the server shows the metrics that sites send during their tasks (docs/tracking.md), beside its file
     tracking.jsonl; null takes tensorboard if it is installed there."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_across(self) -> JobsFile:
+        # a rule that gets too few updates fails in the middle of a job, when a site happens to be away
+        problems = []
+        for job in self.jobs:
+            least, rule = job.least_updates if isinstance(job, FedAvgJob) else (1, "")
+            for key, count in (
+                ("federation.min_sites", self.federation.min_sites),
+                ("the number of sites", None if self.sites is None else len(self.sites)),
+            ):
+                if count is not None and count < least:
+                    problems.append(f"{key} is {count}, and {rule} of job {job.name} needs {least} updates in a round")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class SitesSettings(Section):
@@ -246,6 +263,8 @@ class SiteSettings(Section):
     SHA-256, or any for whatever comes. None runs unless it is named."""
     examples: Annotated[int, Field(ge=1)] | None = None
     """How many examples this site registers for the jobs of training scripts; null counts its proteins."""
+    min_count: Annotated[int, Field(ge=1)] = 5
+    """No count below it leaves this site with a statistics job, whatever that says; a job may ask for more."""
     transport: Transport = Transport()
 
 

@@ -243,8 +243,23 @@ class FedAvgJob(ScriptJob):
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many rounds without a better model; null never does."""
 
+    @property
+    def least_updates(self) -> tuple[int, str]:
+        """How many sites' updates a round needs, and which rule wants them."""
+        if self.aggregate == "krum":
+            return 2 * self.byzantine + 3, f"krum with byzantine {self.byzantine} (2 · byzantine + 3)"
+        if self.aggregate == "trimmed_mean" and self.trim:
+            # one at each end at the least
+            return 3, f"trimmed_mean with trim {self.trim:g} (one is left out at each end)"
+        return 1, ""
+
     @pydantic.model_validator(mode="after")
     def _check_across(self) -> FedAvgJob:
+        least, rule = self.least_updates
+        if self.sites_per_round is not None and self.sites_per_round < least:
+            raise ValueError(
+                f"sites_per_round is {self.sites_per_round}, and {rule} needs {least} updates in every round; raise it"
+            )
         if self.aggregation == "file":
             check_aggregation(self.aggregation, self.quantization)
             plain = FedAvgJob(workflow="fedavg", client=self.client)

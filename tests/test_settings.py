@@ -102,6 +102,30 @@ def test_one_scheme_means_both_ways() -> None:
     assert job.quantization == settings.Quantization(to_server="nf4", error_feedback=True)
 
 
+@pytest.mark.parametrize(
+    ("job", "rest", "message"),
+    [
+        ("aggregate: krum, byzantine: 2, sites_per_round: 6", "", "sites_per_round is 6, and krum with byzantine 2"),
+        ("aggregate: trimmed_mean, sites_per_round: 2", "", "sites_per_round is 2, and trimmed_mean with trim 0.2"),
+        ("aggregate: krum", "federation: {min_sites: 4}", "federation.min_sites is 4, and krum with byzantine 1"),
+        ("aggregate: trimmed_mean", "federation: {min_sites: 2}", "job fedavg needs 3 updates in a round"),
+        ("aggregate: krum", "sites: [a, b, c, d]", "the number of sites is 4"),
+    ],
+)
+def test_rule_that_would_get_too_few_updates_is_refused(tmp_path: Path, job: str, rest: str, message: str) -> None:
+    path = tmp_path / "jobs.yaml"
+    path.write_text(f"jobs:\n- {{workflow: fedavg, client: {{script: train.py}}, {job}}}\n{rest}\n")
+    with pytest.raises(SettingsError, match=message):
+        settings.load(path, settings.JobsFile)
+
+
+def test_rule_that_gets_just_enough_updates_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.yaml"
+    job = "{workflow: fedavg, client: {script: train.py}, aggregate: krum, byzantine: 2, sites_per_round: 7}"
+    path.write_text(f"jobs:\n- {job}\nfederation: {{min_sites: 7}}\nsites: [a, b, c, d, e, f, g]\n")
+    assert settings.load(path, settings.JobsFile).jobs[0].least_updates[0] == 7
+
+
 def test_limits_of_a_run_are_those_of_its_server(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("transport: {window_chunks: 32, max_peers: 3}\n")

@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         workflows=settings.workflows,
         max_rounds=settings.max_rounds,
         code=settings.code,
+        min_count=settings.min_count,
     )
     Site(
         kit=kit,

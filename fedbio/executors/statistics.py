@@ -68,8 +68,9 @@ class SumMoments(Executor):
 class CountProteins(Executor):
     """Counts the site's proteins by class and split, and by length; needs no embeddings.
 
-    Both tables count every protein once, and neither a total nor a count below the job's `min_count` leaves the site:
-    see `fedbio.executors.suppression.suppress` for what is held back with them, what that guarantees and what not.
+    Both tables count every protein once, and neither a total nor a count below the job's `min_count`, or the site's own
+    if that is higher, leaves the site: see `fedbio.executors.suppression.suppress` for what is held back with them,
+    what that guarantees and what not.
     """
 
     name: ClassVar[str] = COUNT
@@ -87,19 +88,22 @@ class CountProteins(Executor):
             classes[protein.target, split] += 1
             lengths[bisect.bisect_left(spec.length_bins, len(protein.sequence))] += 1
         rows = (*spec.classes, None)
-        told = suppress(
-            {cell: classes[cell] for cell in itertools.product(rows, SPLITS)}, spec.min_count, salt=context.site
-        )
+        least = max(spec.min_count, context.policy.min_count)
+        told = suppress({cell: classes[cell] for cell in itertools.product(rows, SPLITS)}, least, salt=context.site)
         told_lengths = suppress(
-            {place: lengths[place] for place in range(len(spec.length_bins) + 1)}, spec.min_count, salt=context.site
+            {place: lengths[place] for place in range(len(spec.length_bins) + 1)}, least, salt=context.site
         )
-        counted = Counted([[told[row, split] for split in SPLITS] for row in rows], list(told_lengths.values()))
+        counted = Counted([[told[row, split] for split in SPLITS] for row in rows], list(told_lengths.values()), least)
         by_class, by_length = counted.held_back
+        if least > spec.min_count:
+            text = f"the policy of {context.site} lets no count below {least} leave; the job asks for {spec.min_count}"
+            log.info("%s", text)
+            context.events.write("minimum raised", job=task.job, reason=text)
         log.info("counted held_back_by_class=%d held_back_by_length=%d", by_class, by_length)
         if by_class or by_length:
             context.remark(
                 f"{context.site} held back {by_class} of {len(told)} counts by class and split and {by_length} of "
-                f"{len(told_lengths)} by length: those below {spec.min_count}, and others that would give them away."
+                f"{len(told_lengths)} by length: those below {least}, and others that would give them away."
             )
         return FLModel(meta=meta(counted))
 

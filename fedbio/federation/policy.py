@@ -30,15 +30,24 @@ class Policy:
         The most rounds of a job that it takes part in.
     code : frozenset of str
         SHA-256 digests of the files that may run here, or `ANY`; nothing runs by default.
+    min_count : int
+        No count below it leaves the site with a job of statistics.
     """
 
     workflows: tuple[str, ...] | None = None
     max_rounds: int | None = None
     code: frozenset[str] = frozenset()
+    min_count: int = 1
 
     @classmethod
     def read(
-        cls, folder: Path, *, workflows: Iterable[str] | None, max_rounds: int | None, code: Iterable[str]
+        cls,
+        folder: Path,
+        *,
+        workflows: Iterable[str] | None,
+        max_rounds: int | None,
+        code: Iterable[str],
+        min_count: int = 1,
     ) -> Self:
         """Return the rules of a site's settings; a file in `folder` that they name stands for its present content.
 
@@ -58,7 +67,7 @@ class Policy:
                     f"code: there is no file {entry} in {folder}; give the name of a file there, a SHA-256 of 64 "
                     f"hexadecimal digits, or {ANY}"
                 )
-        return cls(None if workflows is None else tuple(workflows), max_rounds, frozenset(digests))
+        return cls(None if workflows is None else tuple(workflows), max_rounds, frozenset(digests), min_count)
 
     def allows_code(self, sha256: str, name: str) -> bool:
         """Whether a file may run here; `name` is only what the server calls it, its content decides."""

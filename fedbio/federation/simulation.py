@@ -139,6 +139,8 @@ def _supervise(what: Simulation, run: Path, kits: Path, address: str) -> None:
         arguments += [part for kind in what.allow for part in ("--allow", kind)]
         arguments += ["--code", "any"] if "code" in what.allow else []
         arguments += ["--synthetic"] if what.synthetic else []
+        # whoever plays all parties knows all proteins
+        arguments += ["--set", "min_count=1"]
         arguments += same
         processes.append(_process(site, run, arguments))
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

@@ -16,6 +16,7 @@ from fedbio.errors import DataError, ProtocolError
 from fedbio.executors import registry
 from fedbio.executors.statistics import CountProteins
 from fedbio.federation import FLModel, SiteContext, Task
+from fedbio.federation.policy import Policy
 from fedbio.federation.workflows.counting import SPLITS, Counted, CountSpec
 from fedbio.federation.workflows.study import meta, read_meta
 from fedbio.proteins import Protein, write_fasta
@@ -90,6 +91,23 @@ def test_no_count_below_the_minimum_leaves_and_the_site_says_how_many(count: Any
         "site-1 held back 33 of 33 counts by class and split and 4 of 4 by length: those below 5, and others "
         "that would give them away."
     ]
+
+
+def test_a_job_cannot_get_below_the_minimum_of_the_site(count: Any, tmp_path: Path) -> None:
+    proteins = [*many(12, target="Nucleus"), *many(9, target="Cytoplasm"), *many(2_000, target="Plastid", set="test")]
+    open_to_all, _ = count(proteins, least=1)
+    # Nucleus and Cytoplasm could be told, as far as the job goes
+    assert {9, 12} < set(flat(open_to_all))
+    counted, record = count(proteins, least=1, policy=Policy(min_count=10))
+    assert all(number is None or number >= 10 for number in [*flat(counted), *counted.lengths])
+    assert 9 not in flat(counted)
+    assert counted.min_count == 10
+    assert "those below 10" in record.remarks[-1]
+    said = [line for line in (tmp_path / "events.jsonl").read_text().splitlines() if "minimum raised" in line]
+    assert "the policy of site-1 lets no count below 10 leave; the job asks for 1" in said[-1]
+    # one that asks for more gets no less
+    counted, _ = count(proteins, least=11, policy=Policy(min_count=10))
+    assert counted.min_count == 11
 
 
 def test_what_is_told_does_not_give_the_rest_away_with_the_number_of_proteins(count: Any) -> None:

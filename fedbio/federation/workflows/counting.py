@@ -64,10 +64,13 @@ class Counted(msgspec.Struct, frozen=True):
         A row for each class, and a last one for proteins without a label; in each, training, validation and test.
     lengths : list of int or None
         A number for each bin, and one for what is longer.
+    min_count : int
+        What the site has held back below: the job's minimum or its own, whichever is higher.
     """
 
     classes: list[Cells]
     lengths: Cells
+    min_count: int = 0
 
     def check(self, spec: CountSpec) -> None:
         """Refuse tables of another form, or with a count that should have been held back.

@@ -86,8 +86,9 @@ class Statistics(Controller):
         self.state.note(self.job, "counted", self.counted)
         by_class, by_length = counted.held_back
         self.runtime.events.write(
-            "counted", job=self.job, site=result.site, held_back_by_class=by_class, held_back_by_length=by_length
-        )
+            "counted", job=self.job, site=result.site, held_back_by_class=by_class, held_back_by_length=by_length,
+            min_count=counted.min_count,
+        )  # fmt: skip
 
     def by_class(self) -> Iterator[tuple[str | None, str, Added]]:
         """Yield class (None: without a label), split, and the sum over the sites."""
@@ -117,7 +118,9 @@ class Statistics(Controller):
                 for above, up_to, (total, sites) in self.by_length()
             ],
             "held_back": {
-                site: dict(zip(("classes", "lengths"), counted.held_back, strict=True))
+                site: dict(
+                    zip(("classes", "lengths", "min_count"), (*counted.held_back, counted.min_count), strict=True)
+                )
                 for site, counted in sorted(self.counted.items())
             },
         }
