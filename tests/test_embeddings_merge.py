@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from fedbio import embeddings_merge
+from fedbio import embeddings_joined
 from fedbio.cli import main
 from fedbio.embeddings import Embeddings, sequence_digest, write_embeddings
 from fedbio.embeddings_merge import MergeReport, Proteins, merge
@@ -144,7 +144,7 @@ def test_rows_per_residue_follow_their_protein(tmp_path: Path) -> None:
 
 
 def test_more_files_than_may_be_open_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embeddings_merge, "OPEN_FILES", 2)
+    monkeypatch.setattr(embeddings_joined, "OPEN_FILES", 2)
     files = [store(tmp_path / f"{number}.h5", {f"p{number}": "MK"}, first=number) for number in range(7)]
     backwards = {f"p{number}": "MK" for number in range(6, -1, -1)}
     merge(files, tmp_path / "all.h5", like=given(**backwards))
@@ -154,8 +154,8 @@ def test_more_files_than_may_be_open_are_joined(tmp_path: Path, monkeypatch: pyt
 
 
 def test_more_proteins_than_a_block_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embeddings_merge, "BLOCK_ROWS", 100)
-    monkeypatch.setattr(embeddings_merge, "HEADS", 70)
+    monkeypatch.setattr(embeddings_joined, "BLOCK_ROWS", 100)
+    monkeypatch.setattr(embeddings_joined, "HEADS", 70)
     files = [
         store(tmp_path / f"{part}.h5", {f"p{n}": "MK" for n in range(part, 900, 3)}, first=1000 * part)
         for part in range(3)
