@@ -20,6 +20,7 @@ __all__ = [
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -255,7 +256,9 @@ def write_weights(folder: str | os.PathLike[str], config: EncoderConfig, weights
         check_shapes(weights, config, where=str(target))
     except FormatError as error:
         raise DataError(str(error)) from error
+    write_whole(target / VOCABULARY_FILE, VOCABULARIES[config.alphabet].text)
     with whole_file(target / WEIGHTS_FILE) as beside:
         save_file({name: np.ascontiguousarray(tensor) for name, tensor in weights.items()}, beside)
-    write_whole(target / VOCABULARY_FILE, VOCABULARIES[config.alphabet].text)
+        # safetensors lets nobody else read its files; a cache of encoders is shared
+        shutil.copymode(target / VOCABULARY_FILE, beside)
     write_whole(target / CONFIG_FILE, msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")

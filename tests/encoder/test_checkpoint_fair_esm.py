@@ -137,6 +137,18 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
         read_fair_esm(tmp_path / "x.pt")
 
 
+def test_a_file_from_before_torch_1_6_is_read(tmp_path: Path) -> None:
+    esm1b(tmp_path / "a.pt")
+    torch.save(load(tmp_path / "a.pt"), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    new, old = read_fair_esm(tmp_path / "a.pt")[1], read_fair_esm(tmp_path / "old.pt")[1]
+    assert new.keys() == old.keys()
+    assert all(np.array_equal(new[name], old[name]) for name in new)
+    whole = (tmp_path / "old.pt").read_bytes()
+    (tmp_path / "old.pt").write_bytes(whole[:-1000])
+    with pytest.raises(FormatError, match=r"old\.pt: not a checkpoint that can be loaded safely"):
+        read_fair_esm(tmp_path / "old.pt")
+
+
 def load(path: Path) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, weights_only=True)

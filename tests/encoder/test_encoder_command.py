@@ -58,6 +58,8 @@ def test_convert_there_and_back_keeps_every_number(
     back = as_json(capsys, "convert", tmp_path / "hf", "-o", tmp_path / "back", "--name", "again")
     assert there["weights_sha256"] == back["weights_sha256"]
     assert there["head"] is back["head"] is True
+    # colleagues who share a cache may read all of it, or nothing
+    assert len({path.stat().st_mode for name in ("hf", "back") for path in (tmp_path / name).iterdir()}) == 1
     config, weights = read_weights(tmp_path / "back")
     assert config.name == "again"
     for name, tensor in read_weights(folder)[1].items():

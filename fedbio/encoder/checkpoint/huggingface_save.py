@@ -6,6 +6,7 @@ __all__ = ["write_huggingface"]
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,12 @@ def write_huggingface(folder: str | os.PathLike[str], config: EncoderConfig, wei
         "tokenizer_class": "EsmTokenizer",
         "unk_token": known.unknown,
     }
+    write_whole(target / VOCABULARY_FILE, known.text)
     with whole_file(target / WEIGHTS_FILE) as beside:
         # transformers refuses a file that does not say which framework its tensors are of
         save_file({name: np.ascontiguousarray(each) for name, each in tensors.items()}, beside, {"format": "pt"})
-    write_whole(target / VOCABULARY_FILE, known.text)
+        # safetensors lets nobody else read its files; a cache of encoders is shared
+        shutil.copymode(target / VOCABULARY_FILE, beside)
     write_whole(target / "tokenizer_config.json", json.dumps(tokenizer, indent=2) + "\n")
     write_whole(target / CONFIG_FILE, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     return "lm_head.bias" in tensors
