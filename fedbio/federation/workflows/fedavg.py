@@ -16,15 +16,13 @@ from fedbio.federation.model import IN_MEMORY, FLModel, Parameters, ParamsType, 
 from fedbio.federation.quantization import Travel
 from fedbio.federation.state import Progress
 from fedbio.federation.workflows.aggregation import Aggregation, Initial, make_aggregation
+from fedbio.federation.workflows.selection import is_better, mean_metric
 from fedbio.settings import ModelSelection, Quantization
 from fedbio.tensors.check import Manifest
 
 EXACT = Quantization()
 
 ACCURACY = ModelSelection(metric="validation_accuracy")
-
-TIE = 1e-9
-"""Metrics nearer than this are equal: they are ratios of counts, averaged in floating point."""
 
 VALIDATION = "validation_"
 """How the names of metrics begin that are averaged over validation proteins; others are over training proteins."""
@@ -177,7 +175,7 @@ class FedAvg(Controller):
         means = self.means(results)
         best_round, best_value = self.progress.best_round, self.progress.best_value
         value = means.get(self.selection.metric)
-        if self.is_better(value, best_value):
+        if is_better(self.selection, value, best_value):
             best_round, best_value = model.current_round, value
         finished = model.current_round == self.rounds or model.current_round - best_round >= self.patience
         self.progress = Progress(model.current_round, best_round, best_value, finished)
@@ -191,21 +189,9 @@ class FedAvg(Controller):
         found = {}
         for metric in sorted({name for each in results for name in each.model.metrics}):
             counts = self.validation if metric.startswith(VALIDATION) else self.training
-            measured = [
-                (each.model.metrics[metric], counts.get(each.site, 0))
-                for each in results
-                if metric in each.model.metrics
-            ]
-            if total := sum(count for _, count in measured):
-                found[metric] = sum(value * count for value, count in measured) / total
+            if (mean := mean_metric(metric, results, counts)) is not None:
+                found[metric] = mean
         return found
-
-    def is_better(self, value: float | None, best: float | None) -> bool:
-        """Whether a model takes the place of the best one so far; one that nobody measured follows only its like."""
-        if value is None or best is None:
-            return best is None
-        gain = value - best if self.selection.best == "highest" else best - value
-        return gain > TIE or (self.selection.ties == "last" and gain >= -TIE)
 
     def aggregate(self, model: FLModel, results: Sequence[Result]) -> FLModel:
         """Return the next model: the mean of the sites' parameters, weighted by their numbers of proteins."""

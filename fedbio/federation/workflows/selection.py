@@ -1,0 +1,38 @@
+"""Which of a run's models is the best: by the mean of a metric over the sites' examples."""
+
+from __future__ import annotations
+
+__all__ = ["is_better", "mean_metric"]
+
+from collections.abc import Mapping, Sequence
+
+from fedbio.federation.model import Result
+from fedbio.settings import ModelSelection
+
+TIE = 1e-9
+"""Metrics nearer than this are equal: they are ratios of counts, averaged in floating point."""
+
+
+def mean_metric(metric: str, results: Sequence[Result], counts: Mapping[str, int]) -> float | None:
+    """Average a metric over all examples of the sites that measured it; None if there are none.
+
+    Parameters
+    ----------
+    metric : str
+    results : sequence of Result
+    counts : mapping of str to int
+        The sites' registered numbers of examples: what a site says of itself with a result does not count.
+    """
+    measured = [
+        (each.model.metrics[metric], counts.get(each.site, 0)) for each in results if metric in each.model.metrics
+    ]
+    total = sum(count for _, count in measured)
+    return sum(value * count for value, count in measured) / total if total else None
+
+
+def is_better(selection: ModelSelection, value: float | None, best: float | None) -> bool:
+    """Whether a model takes the place of the best one so far; one that nobody measured follows only its like."""
+    if value is None or best is None:
+        return best is None
+    gain = value - best if selection.best == "highest" else best - value
+    return gain > TIE or (selection.ties == "last" and gain >= -TIE)
