@@ -90,6 +90,27 @@ def test_four_jobs_at_once_equal_one_run(folder: Path, check_same: Callable[[Pat
     assert "Nothing to be done" in run_to_end(folder, "--cores", "4", "--config", "shards=4")
 
 
+def test_rows_of_an_earlier_file_are_taken_and_labels_reach_the_shards(
+    folder: Path, settings: dict[str, object], small_encoder: Path
+) -> None:
+    earlier = folder / "earlier.h5"
+    embed_file(folder / "proteins.fasta", earlier, encoder=small_encoder, dtype="float32", device="cpu", threads=1)
+    with h5py.File(earlier, "r+") as file:
+        # a mark that no encoder would leave
+        file["embeddings"][[3, 70]] = 42.0
+    proteins = (folder / "proteins.fasta").read_text()
+    (folder / "proteins.fasta").write_text(">new\nMKV\n" + proteins)
+    (folder / "labels.csv").write_text("id,target,set\nnew,Plastid,test\n")
+    again = {**settings, "labels": "labels.csv", "embeddings": "earlier.h5"}
+    (folder / "embeddings.yaml").write_text(yaml.safe_dump(again))
+    run_to_end(folder, "--cores", "2", "--config", "shards=2", "--notemp")
+    ids, vectors, _ = read(folder / RESULT)
+    assert ids == ["new", *read(earlier)[0]]
+    # P3, and the other protein of the same sequence
+    assert np.flatnonzero((vectors == 42.0).all(axis=1)).tolist() == [4, 71]
+    assert (folder / "results/embeddings/shards/1-of-2.fasta").read_text().startswith(">new TARGET=Plastid SET=test")
+
+
 def test_more_shards_than_proteins_are_refused_by_the_first_job(folder: Path) -> None:
     output = run_to_end(folder, "--cores", "1", "--config", "shards=81", expected=1)
     assert "proteins.fasta: 80 proteins cannot make 81 shards; ask for 1 to 80" in output
