@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if value is not None and not value > 0:
             raise SettingsError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
     start = _start(args)
+    _recipe(args, start.config, None)  # what is wrong shall be said before hours of reading
     outcome = pretrain(
         args.output,
         Inputs(
@@ -161,8 +162,8 @@ def _start(args: argparse.Namespace) -> Start:
     return Start(msgspec.structs.replace(config, name=name), weights, Path(args.start).name)
 
 
-def _recipe(args: argparse.Namespace, config: EncoderConfig, corpus: Corpus) -> Recipe:
-    """Put the options over the preset's recipe, and turn tokens into updates."""
+def _recipe(args: argparse.Namespace, config: EncoderConfig, corpus: Corpus | None) -> Recipe:
+    """Put the options over the preset's recipe, and, once the corpus is known, turn tokens into updates."""
     import torch
 
     from fedbio.encoder.inference import choose_device, choose_dtype
@@ -175,15 +176,14 @@ def _recipe(args: argparse.Namespace, config: EncoderConfig, corpus: Corpus) -> 
     values |= {"seed": args.seed, "dtype": "bfloat16" if dtype == torch.bfloat16 else "float32"}
     if args.steps is not None:
         values["steps"] = args.steps
-    elif args.tokens is not None:
-        recipe: Recipe = _checked(values, Recipe)
+    recipe: Recipe = _checked(values, Recipe)
+    if args.tokens is not None and corpus is not None:
         full = recipe.packs * mean_pack_tokens(corpus.train, config.max_residues, recipe.pack_tokens)
-        values["steps"] = max(1, math.ceil(args.tokens / full))
+        recipe = msgspec.structs.replace(recipe, steps=max(1, math.ceil(args.tokens / full)))
     if not hasattr(args, "warmup_steps"):
         # a short schedule has no time for a long way up
-        values["warmup_steps"] = min(values["warmup_steps"], values["steps"] // 10)
-    checked: Recipe = _checked(values, Recipe)
-    return checked
+        recipe = msgspec.structs.replace(recipe, warmup_steps=min(recipe.warmup_steps, recipe.steps // 10))
+    return recipe
 
 
 def _checked(values: dict[str, Any], kind: Any) -> Any:

@@ -19,6 +19,10 @@ SCORES_BYTES = 4 * 2**20
 """Scores of so many bytes are worked on at a time: what a product has written is still in the cache for the next."""
 
 
+ROOM = 1 << 18
+"""Scores whose memory is taken in multiples of so many."""
+
+
 def attend_packed(qkv: Tensor, runs: Runs, heads: int, *, rotary: bool) -> Tensor:
     """Attend within each protein of a pack.
 
@@ -27,7 +31,7 @@ def attend_packed(qkv: Tensor, runs: Runs, heads: int, *, rotary: bool) -> Tenso
     qkv : Tensor, shape (T, 3D)
         Queries, keys and values of all tokens.
     runs : sequence of (int, int)
-        See `fedbio.encoder.network.Runs`.
+        See `fedbio.encoder.network.Runs`. On a CPU, rows after the last protein are allowed, and become zero.
     heads : int
     rotary : bool
         Turn queries and keys by their positions first.
@@ -64,12 +68,13 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, runs: Runs, heads: int) -> Tensor:
         mixed = qkv.new_empty(len(qkv), qkv.shape[1] // 3)  # (T, D)
+        mixed[sum(count * length for count, length in runs) :] = 0  # rows of no protein
         scale = (qkv.shape[1] // 3 // heads) ** -0.5
         kept: list[Tensor] = []
         for first, count, length in _portions(runs, heads, qkv.element_size()):
             q, k, v = _by_head(qkv, first, count, length, heads, parts=3)  # (N * H, L, E) each
-            scores = torch.bmm(q.mul_(scale), k.mT)  # (N * H, L, L)
-            shares = torch.softmax(scores, dim=-1)
+            scores, shares = _square(q), _square(q)  # (N * H, L, L)
+            torch.softmax(torch.bmm(q.mul_(scale), k.mT, out=scores), dim=-1, out=shares)
             out = mixed[first : first + count * length].view(count, length, heads, -1)  # (N, L, H, E)
             out.copy_(torch.bmm(shares, v).view(count, heads, length, -1).transpose(1, 2))
             kept.append(shares)
@@ -83,12 +88,13 @@ class _Packed(torch.autograd.Function):
         qkv, *kept = ctx.saved_tensors
         heads = ctx.heads
         d_qkv = torch.empty_like(qkv)
+        d_qkv[sum(count * length for count, length in ctx.runs) :] = 0
         for (first, count, length), shares in zip(_portions(ctx.runs, heads, qkv.element_size()), kept, strict=True):
             q, k, v = _by_head(qkv, first, count, length, heads, parts=3)
             (d_out,) = _by_head(d_mixed, first, count, length, heads, parts=1)  # (N * H, L, E)
-            d_part = torch.empty_like(q).unsqueeze(0).repeat(3, 1, 1, 1)
+            d_part = q.new_empty(3, *q.shape)
             torch.bmm(shares.mT, d_out, out=d_part[2])
-            d_shares = torch.bmm(d_out, v.mT)  # (N * H, L, L)
+            d_shares = torch.bmm(d_out, v.mT, out=_square(q))  # (N * H, L, L)
             d_scores = torch.ops.aten._softmax_backward_data(d_shares, shares, -1, shares.dtype)
             torch.bmm(d_scores, k, out=d_part[0])
             torch.bmm(d_scores.mT, q, out=d_part[1])
@@ -96,6 +102,17 @@ class _Packed(torch.autograd.Function):
             rows = d_qkv[first : first + count * length].view(count, length, 3, heads, -1)
             rows.copy_(d_part.view(3, count, heads, length, -1).permute(1, 3, 0, 2, 4))
         return d_qkv, None, None
+
+
+def _square(q: Tensor) -> Tensor:
+    """Make room for scores, (N * H, L, E) -> (N * H, L, L).
+
+    The room is rounded up to one of a few sizes: a heap of pieces of thousands of sizes would grow to several times
+    what is used at once.
+    """
+    shape = (*q.shape[:-1], q.shape[-2])
+    size = q.shape[0] * q.shape[1] ** 2
+    return q.new_empty(-(-size // ROOM) * ROOM)[:size].view(shape)
 
 
 def _portions(runs: Runs, heads: int, item_bytes: int) -> list[tuple[int, int, int]]:

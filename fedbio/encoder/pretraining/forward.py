@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from fedbio.encoder.network import Encoder, Runs
 from fedbio.encoder.pretraining.attention import attend_packed
 
+ROWS = 256
+"""On a CPU a pack has a multiple of so many rows, the last of which belong to no protein: for each new shape oneDNN
+makes a product anew, and tensors of ever other sizes tear the heap apart."""
+
 
 def hidden_states(network: Encoder, tokens: Tensor, runs: Runs, *, mask: int) -> Tensor:
     """Encode a pack of which some tokens are masked.
@@ -50,6 +54,8 @@ def hidden_states(network: Encoder, tokens: Tensor, runs: Runs, *, mask: int) ->
         steps = torch.arange(longest, device=tokens.device)
         x = x + network.positions(torch.cat([steps[:length].repeat(count) for count, length in runs]))
     x = x.to(network.lm_head.dense.weight.dtype)
+    if x.device.type == "cpu" and config.positions != "rotary":
+        x = F.pad(x, (0, 0, 0, -len(x) % ROWS))
     if config.embedding_norm:
         x = _norm(x, network.embedding_norm)
     activation = "tanh" if config.activation == "gelu_tanh" else "none"
@@ -59,7 +65,7 @@ def hidden_states(network: Encoder, tokens: Tensor, runs: Runs, *, mask: int) ->
         x = x + _linear(mixed, layer.out)  # type: ignore[arg-type]
         h = _linear(_norm(x, layer.ffn_norm), layer.up)  # type: ignore[arg-type]
         x = x + _linear(F.gelu(h, approximate=activation), layer.down)  # type: ignore[arg-type]
-    return _norm(x, network.final_norm)
+    return _norm(x, network.final_norm)[: len(tokens)]
 
 
 def masked_logits(network: Encoder, hidden: Tensor, places: Tensor) -> Tensor:

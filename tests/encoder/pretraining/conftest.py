@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedbio.encoder.pretraining import run
 from fedbio.encoder.pretraining.learner import Learner, first_weights
 from fedbio.encoder.pretraining.recipe import Recipe
 from fedbio.weights import EncoderConfig
@@ -26,9 +27,10 @@ Command = Callable[..., list[str]]
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """A second thread on a busy machine slows such small networks down."""
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second thread on a busy machine slows such small networks down; and other tests want their memory back."""
     torch.set_num_threads(1)
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: None)
 
 
 def write_proteins(path: Path, lengths: list[int], seed: int = 0) -> Path:
