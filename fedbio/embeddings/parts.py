@@ -94,11 +94,13 @@ class Parts:
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise FormatError(f"{path}: damaged; delete the folder {self.folder.name}") from error
             remedy = f"give the settings as before, or delete {self.folder}"
-            check_same_encoder(begun_with, info, where=str(path), remedy=remedy)
-            if found == manifest:
+            if next(self.folder.glob("*.f32"), None) is not None:
+                check_same_encoder(begun_with, info, where=str(path), remedy=remedy)
+                if found != manifest:
+                    log.warning("unfinished work on other proteins thrown away folder=%s", self.folder)
+            if found == manifest and begun_with == info:
                 self._find(trusted=False)
                 return
-            log.warning("unfinished work on other proteins thrown away folder=%s", self.folder)
         # shards without their manifest are of unknown work: a deletion was broken off
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)

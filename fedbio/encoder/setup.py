@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from fedbio.encoder.checkpoint import load_encoder_weights
 from fedbio.encoder.inference import Inference, Pooling, choose_device, choose_dtype
-from fedbio.encoder.memory import fitting_budget, needed_bytes
+from fedbio.encoder.memory import bound_kernel_caches, fitting_budget, needed_bytes
 from fedbio.encoder.packs import Plan, make_plan
 from fedbio.encoder.source import StrPath
 from fedbio.errors import RefusedError, SettingsError
@@ -68,6 +68,7 @@ class Setup:
     """
 
     def __init__(self, choice: EncoderChoice) -> None:
+        bound_kernel_caches()
         self.choice = choice
         self.device = choose_device(choice.device.split(",")[0].strip())
         self.dtype = choose_dtype(choice.dtype, self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedbio.encoder.packs import make_plan
+from fedbio.encoder.packs import count_pieces, make_plan
 
 
 def test_packs_hold_like_lengths_within_the_budget() -> None:
@@ -46,6 +46,31 @@ def test_windows_count_every_residue_once_and_overlap(length: int) -> None:
     assert (plan.end - plan.begin).max() <= 32
     begins, ends = plan.begin[order], plan.end[order]
     assert all(ends[:-1] - begins[1:] >= 8)
+
+
+@pytest.mark.parametrize("length", [33, 40, 47, 57, 100, 313])
+def test_a_residue_counts_in_the_window_that_shows_most_around_it(length: int) -> None:
+    plan = make_plan([length], max_residues=32, windows=True, budget=100)
+
+    def context(piece: int, residue: int) -> int:
+        """Residues to the nearer cut; the protein's own ends are none."""
+        left = residue - int(plan.begin[piece]) if plan.begin[piece] else length
+        right = int(plan.end[piece]) - 1 - residue if plan.end[piece] < length else length
+        return min(left, right)
+
+    for residue in range(length):
+        seen = np.flatnonzero((plan.begin <= residue) & (residue < plan.end)).tolist()
+        (chosen,) = np.flatnonzero((plan.pool_begin <= residue) & (residue < plan.pool_end)).tolist()
+        # where two windows show as much, to within the border's rounding, either may count
+        assert context(chosen, residue) >= max(context(piece, residue) for piece in seen) - 1
+
+
+@pytest.mark.parametrize("windows", [True, False])
+def test_pieces_are_counted_without_a_plan(windows: bool) -> None:
+    lengths = np.array([*range(1, 200), 1000, 35_000], dtype=np.int32)
+    plan = make_plan(lengths, max_residues=32, windows=windows, budget=100)
+    counts = np.bincount(plan.protein, minlength=len(lengths))
+    assert count_pieces(lengths, max_residues=32, windows=windows).tolist() == counts.tolist()
 
 
 def test_no_proteins_make_no_packs() -> None:
