@@ -42,11 +42,15 @@ def compute(
                 advance(residues)
                 continue
             block = work.block(number)
+            missing = []
             for pack, start, stop, seen in block.packs():
-                if not first <= start < last:
-                    continue
-                if not parts.holds(start, stop):
-                    parts.append(start, inference.pack(block.sequences, block.plan, pack))
+                if first <= start < last and parts.holds(start, stop):
+                    advance(seen)
+                elif first <= start < last:
+                    missing.append((pack, start, seen))
+            vectors = inference.packs(block.sequences, block.plan, [pack for pack, *_ in missing])
+            for (_, start, seen), rows in zip(missing, vectors, strict=True):
+                parts.append(start, rows)
                 advance(seen)
     except KeyboardInterrupt:
         parts.flush()
