@@ -178,7 +178,7 @@ def _asked_for(flat: FlatFile, proteins: Proteins) -> _Chosen:
         if key is None:
             missing.append(name)
             continue
-        known = flat.digest_of(key)
+        known = flat.entries[key].digest
         digest = sequence_digest(sequence)
         if known is not None and known != digest:
             raise DataError(
@@ -197,18 +197,19 @@ def _asked_for(flat: FlatFile, proteins: Proteins) -> _Chosen:
 
 
 def _by_themselves(flat: FlatFile) -> _Chosen:
-    keys = flat.keys_by_id()
-    ids = sorted(keys, key=lambda name: flat.place_of(keys[name]))
-    digests = []
-    for name in ids:
-        digest = flat.digest_of(keys[name])
-        if digest is None:
+    ids, lengths, digests, chosen = [], [], [], []
+    for name, key in sorted(flat.keys_by_id().items(), key=lambda item: flat.entries[item[1]].place):
+        entry = flat.entries[key]
+        if entry.digest is None or not entry.length:
             raise DataError(
-                f"{flat.path}: the file does not hold the sequences' digests; give the proteins with --proteins"
+                f"{flat.path}: the file does not hold the sequences' digests and lengths; "
+                "give the proteins with --proteins"
             )
-        digests.append(digest)
-    lengths = np.array([flat.length_of(keys[name]) for name in ids], dtype=np.int64)
-    return ids, lengths, digests, [keys[name] for name in ids]
+        ids.append(name)
+        lengths.append(entry.length)
+        digests.append(entry.digest)
+        chosen.append(key)
+    return ids, np.array(lengths, dtype=np.int64), digests, chosen
 
 
 def _own_info(flat: FlatFile) -> EncoderInfo:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["FlatFile", "is_flat"]
+__all__ = ["Entry", "FlatFile", "is_flat"]
 
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -46,6 +46,27 @@ def _open(path: _StrPath) -> h5py.File:
         raise FormatError(f"{path}: not a readable HDF5 file ({error}); copy it again") from error
 
 
+class Entry(NamedTuple):
+    """What the file says of one dataset.
+
+    Parameters
+    ----------
+    id : str
+        The attribute ``original_id``, or the key.
+    digest : bytes or None
+        SHA-256 of the sequence, if it is said.
+    length : int
+        Residues of the protein; 0 if it is not said.
+    place : int
+        Where the protein stood in the file that this one was made of; 0 if it is not said.
+    """
+
+    id: str
+    digest: bytes | None
+    length: int
+    place: int
+
+
 class FlatFile:
     """A file with one dataset per protein that is open for reading.
 
@@ -59,6 +80,8 @@ class FlatFile:
     ----------
     attributes : dict
         Of the root.
+    entries : dict of str to Entry
+        By key, in the file's order.
     width : int
         Of the first dataset; all must have it.
 
@@ -67,7 +90,7 @@ class FlatFile:
     DataError
         If there is no such file, or no dataset in it.
     FormatError
-        If it is not HDF5, or the first dataset is no embedding.
+        If it is not HDF5, an attribute of a dataset is not what it should be, or the first dataset is no embedding.
     """
 
     def __init__(self, path: _StrPath) -> None:
@@ -75,12 +98,12 @@ class FlatFile:
         self._file = _open(path)
         try:
             self.attributes = {name: _plain(value) for name, value in self._file.attrs.items()}
-            self._keys: dict[str, None] = {}
+            self.entries: dict[str, Entry] = {}
             self._file.visititems(self._note)
-            if not self._keys:
+            if not self.entries:
                 raise DataError(f"{path}: no embedding in the file; was it written or copied completely?")
             self.width = 0
-            first = self._dataset(next(iter(self._keys)))
+            first = self._dataset(next(iter(self.entries)))
             self.width = int(first.shape[-1])
         except BaseException:
             self._file.close()
@@ -88,10 +111,31 @@ class FlatFile:
 
     def _note(self, key: str, item: h5py.Dataset | h5py.Group) -> None:
         if isinstance(item, h5py.Dataset):
-            self._keys[key] = None
+            self.entries[key] = self._entry(key, dict(item.attrs.items()) if len(item.attrs) else {})
+
+    def _entry(self, key: str, attributes: dict[str, Any]) -> Entry:
+        name = attributes.get("original_id", key)
+        digest = None
+        if "sha256" in attributes:
+            digest = _digest(attributes["sha256"])
+            if digest is None:
+                found = _plain(attributes["sha256"])
+                raise FormatError(
+                    f"{self.path}: dataset {key!r}: attribute sha256 is {found!r}, not 64 hexadecimal digits"
+                )
+        for least, number in ((1, "length"), (0, "place")):
+            found = _plain(attributes.get(number, 1))
+            if not isinstance(found, int) or found < least:
+                raise FormatError(f"{self.path}: dataset {key!r}: attribute {number} is {found!r}, not a whole number")
+        return Entry(
+            id=name.decode(errors="replace") if isinstance(name, bytes) else str(name),
+            digest=digest,
+            length=int(attributes.get("length", 0)),
+            place=int(attributes.get("place", 0)),
+        )
 
     def __contains__(self, key: str) -> bool:
-        return key in self._keys
+        return key in self.entries
 
     def __enter__(self) -> FlatFile:
         return self
@@ -102,7 +146,7 @@ class FlatFile:
         self._file.close()
 
     def keys_by_id(self) -> dict[str, str]:
-        """The key of each protein: its id is the attribute ``original_id``, or the key itself.
+        """The key of each protein by its id.
 
         Raises
         ------
@@ -110,41 +154,13 @@ class FlatFile:
             If an id stands there twice.
         """
         keys: dict[str, str] = {}
-        for key in self._keys:
-            name = self._file[key].attrs.get("original_id", key)
-            name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
-            if keys.setdefault(name, key) != key:
+        for key, entry in self.entries.items():
+            if keys.setdefault(entry.id, key) != key:
                 raise FormatError(
-                    f"{self.path}: datasets {keys[name]!r} and {key!r} are both of id {name!r}; delete one of them"
+                    f"{self.path}: datasets {keys[entry.id]!r} and {key!r} are both of id {entry.id!r}; "
+                    "delete one of them"
                 )
         return keys
-
-    def digest_of(self, key: str) -> bytes | None:
-        """SHA-256 of the sequence, if the dataset says it."""
-        found = _plain(self._file[key].attrs.get("sha256"))
-        if found is None:
-            return None
-        try:
-            digest = bytes.fromhex(found)
-        except (TypeError, ValueError):
-            digest = b""
-        if len(digest) != 32:
-            raise FormatError(f"{self.path}: dataset {key!r}: attribute sha256 is {found!r}, not 64 hexadecimal digits")
-        return digest
-
-    def length_of(self, key: str) -> int:
-        """Residues of the protein, as the dataset says."""
-        return self._whole_number(key, "length", least=1)
-
-    def place_of(self, key: str) -> int:
-        """Where the protein stood in the file that this one was made of; 0 if the dataset does not say it."""
-        return self._whole_number(key, "place", least=0) if "place" in self._file[key].attrs else 0
-
-    def _whole_number(self, key: str, name: str, *, least: int) -> int:
-        found = _plain(self._file[key].attrs.get(name))
-        if not isinstance(found, int) or found < least:
-            raise FormatError(f"{self.path}: dataset {key!r}: attribute {name} is {found!r}, not a whole number")
-        return found
 
     def rows_of(self, key: str) -> int:
         """Rows of a dataset that has one per residue."""
@@ -172,7 +188,7 @@ class FlatFile:
     def residues(self, keys: Sequence[str]) -> Iterator[NDArray[np.float32]]:
         """Yield the rows of some datasets, one after another, in blocks."""
         for key in keys:
-            yield from self._blocks(key)
+            yield from self._blocks(key, self._dataset(key))
 
     def vectors(self, keys: Sequence[str], lengths: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
         """Yield one row for each of some datasets, averaged where there is one per residue, in blocks.
@@ -187,19 +203,21 @@ class FlatFile:
             yield np.stack([self._vector(keys[place], int(lengths[place])) for place in here])
 
     def _vector(self, key: str, length: int) -> NDArray[np.float32]:
-        rows = self.rows_of(key)
+        item = self._dataset(key)
+        rows = int(item.shape[0]) if item.ndim == 2 else 1
         if rows not in (1, length):
             raise FormatError(
                 f"{self.path}: dataset {key!r}: has {rows} rows, but the protein has {length} residues; "
                 "is it of another sequence, or cut?"
             )
+        if rows == 1:
+            return next(self._blocks(key, item))[0]
         total = np.zeros(self.width)
-        for block in self._blocks(key):
+        for block in self._blocks(key, item):
             total += block.sum(axis=0, dtype=np.float64)
         return (total / rows).astype(np.float32)
 
-    def _blocks(self, key: str) -> Iterator[NDArray[np.float32]]:
-        item = self._dataset(key)
+    def _blocks(self, key: str, item: h5py.Dataset) -> Iterator[NDArray[np.float32]]:
         for first in range(0, item.shape[0] if item.ndim == 2 else 1, CHUNK_ROWS):
             try:
                 block = item[first : first + CHUNK_ROWS] if item.ndim == 2 else item[:][None]
@@ -212,6 +230,14 @@ class FlatFile:
             if not np.isfinite(block).all():
                 raise FormatError(f"{self.path}: dataset {key!r}: holds numbers that are not finite (NaN or infinity)")
             yield block
+
+
+def _digest(found: Any) -> bytes | None:
+    try:
+        digest = bytes.fromhex(found)
+    except (TypeError, ValueError):
+        return None
+    return digest if len(digest) == 32 else None
 
 
 def _plain(value: Any) -> Any:

@@ -159,7 +159,9 @@ def test_what_another_tools_file_does_not_say_must_be_given(tmp_path: Path) -> N
         DataError, match=r"flat\.h5: the file does not say which encoder made it; name it with --encoder-name"
     ):
         from_flat(source, tmp_path / "a.h5")
-    with pytest.raises(DataError, match=r"flat\.h5: the file does not hold the sequences' digests; give the proteins"):
+    with pytest.raises(
+        DataError, match=r"flat\.h5: the file does not hold the sequences' digests and lengths; give the"
+    ):
         from_flat(source, tmp_path / "a.h5", info=INFO)
     with pytest.raises(
         DataError, match=r"1 of 2 proteins given with --proteins are not in it, first 'P3'; leave them out"
