@@ -5,20 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedbio.embeddings import Embeddings, Parts
-from fedbio.encoder import embed_file, room
+from fedbio.encoder import embed_file, work
 from fedbio.encoder.alphabet import ALPHABETS
 from fedbio.errors import DataError, MachineError, RefusedError
 from fedbio.files import exclusive_lock
@@ -248,77 +242,43 @@ def broken_off(source: Path, output: Path, encoder: Path, *, after: int, monkeyp
             embed(source, output, encoder=encoder, batch_residues=100)
 
 
-SHARD_PER_PACK = """
-import sys
-from fedbio.embeddings import Parts
-from fedbio.encoder import embed_file, room
-Parts.SHARD_SECONDS = 0.0
-embed_file(sys.argv[1], sys.argv[2], encoder=sys.argv[3], batch_residues=100, threads=1, dtype="float32")
-"""
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=[pytest.mark.slow, pytest.mark.faults])])
-def test_killed_at_any_moment_the_next_call_gives_the_bytes_of_an_unbroken_one(
-    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, kills: int
+def test_an_output_is_brought_up_to_date_when_most_of_it_stays(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = write_fasta([20 + number % 7 for number in range(3000)])
+    (tmp_path / "a.fasta").write_text(">a\nMKLV\n>b\nACDEF\n>c\nGHIKL\n")
+    embed(tmp_path / "a.fasta", tmp_path / "out.h5", encoder=tiny)
+    with Embeddings.open(tmp_path / "out.h5") as before:
+        rows = before.rows(["a", "c"])
+    (tmp_path / "a.fasta").write_text(">c\nGHIKL\n>d\nWWY\n>a\nMKLV\n>e\nMKLV\n")
+    with caplog.at_level(logging.INFO):
+        report = embed(tmp_path / "a.fasta", tmp_path / "out.h5", encoder=tiny)
+    assert caplog.messages == [f"output brought up to date file={tmp_path / 'out.h5'} kept=2 new=1 left_out=1"]
+    assert (report.proteins, report.reused) == (4, 3)
+    with Embeddings.open(tmp_path / "out.h5") as after:
+        assert after.ids == ["c", "d", "a", "e"]
+        np.testing.assert_array_equal(after.rows(["a", "c"]), rows)
+        np.testing.assert_array_equal(after.rows(["e"]), rows[:1])
+    # one of three is too little to be the same file by another name; asked for, it is done
+    (tmp_path / "b.fasta").write_text(">d\nWWY\n>f\nKKK\n")
+    with pytest.raises(DataError, match=r"of its 3 sequences 1 are here; .* with `--reuse .*out\.h5`"):
+        embed(tmp_path / "b.fasta", tmp_path / "out.h5", encoder=tiny)
+    report = embed(tmp_path / "b.fasta", tmp_path / "out.h5", encoder=tiny, reuse=tmp_path / "out.h5")
+    assert (report.proteins, report.reused) == (2, 1)
+
+
+def test_blocks_are_planned_apart_and_equal_sequences_in_several_are_computed_once(
+    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_fasta([5 + number % 70 for number in range(100)])
+    source.write_text(source.read_text() + source.read_text().replace(">p", ">q"))
+    embed(source, tmp_path / "one.h5", encoder=tiny, batch_residues=100)
+    monkeypatch.setattr(work, "BLOCK_PROTEINS", 7)
+    broken_off(source, tmp_path / "out.h5", tiny, after=20, monkeypatch=monkeypatch)
+    report = embed(source, tmp_path / "out.h5", encoder=tiny, batch_residues=100)
+    assert report.resumed > 0
     embed(source, tmp_path / "whole.h5", encoder=tiny, batch_residues=100)
-    output, moments = tmp_path / "out.h5", random.Random(kills)
-    done = 0
-    for _ in range(kills):
-        process = subprocess.Popen([sys.executable, "-c", SHARD_PER_PACK, source, output, tiny])
-        try:
-            enough = len(list(tmp_path.glob("out.h5.parts/*.f32"))) + moments.randint(1, 60)
-            while process.poll() is None and len(list(tmp_path.glob("out.h5.parts/*.f32"))) < enough:
-                time.sleep(moments.uniform(0, 0.02))
-        finally:
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
-        assert not output.exists()
-        shards = len(list(tmp_path.glob("out.h5.parts/*.f32")))
-        assert shards > done
-        done = shards
-    report = embed(source, output, encoder=tiny, batch_residues=100)
-    assert report.resumed >= 3 * done  # packs of three or four proteins
-    assert output.read_bytes() == (tmp_path / "whole.h5").read_bytes()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-@pytest.mark.parametrize("free_kib", [64, 150])
-def test_on_a_full_disk_the_run_ends_clearly_and_goes_on_later(
-    tiny: Path,
-    write_fasta: WriteFasta,
-    small_disk: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    free_kib: int,
-) -> None:
-    # 12 KiB of residues, 21 of digests, 75 of vectors in a shard, and 240 in the finished file
-    source = write_fasta([20] * 500 + [19] * 100)
-    (small_disk / "ballast").write_bytes(bytes(2**20 - free_kib * 1024))
-    with pytest.raises(MachineError, match=r"out\.h5: needs 0 MiB of disk .* are free there; free some space"):
-        embed(source, small_disk / "out.h5", encoder=tiny)
-    # as if another program filled the disk after the run had begun
-    with monkeypatch.context() as patch:
-        patch.setattr(room, "free_bytes", lambda folder: 2**40)
-        with pytest.raises(MachineError, match=r"the disk is full; free some space and run the same command again"):
-            embed(source, small_disk / "out.h5", encoder=tiny)
-    assert not (small_disk / "out.h5").exists()
-    (small_disk / "ballast").unlink()
-    report = embed(source, small_disk / "out.h5", encoder=tiny)
-    assert report.resumed == (0 if free_kib == 64 else 600)
-    embed(source, tmp_path / "whole.h5", encoder=tiny)
-    assert (small_disk / "out.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    assert (tmp_path / "out.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    with Embeddings.open(tmp_path / "one.h5") as one, Embeddings.open(tmp_path / "out.h5") as out:
+        assert (len(out), out.ids) == (200, one.ids)
+        np.testing.assert_allclose(out.rows(out.ids), one.rows(one.ids), rtol=0, atol=2e-6)
+        np.testing.assert_array_equal(out.rows(["p3", "p99"]), out.rows(["q3", "q99"]))
