@@ -11,6 +11,7 @@ import numpy as np
 
 from fedbio.report.bootstrap import Estimate
 from fedbio.report.collect import natural
+from fedbio.report.crowd import paint_band, paint_gains
 from fedbio.report.drawing import (
     CENTRAL_STYLE,
     FEDERATED_STYLE,
@@ -22,7 +23,7 @@ from fedbio.report.drawing import (
     legend,
     tidy,
 )
-from fedbio.report.plates import Plate, Table
+from fedbio.report.plates import MANY_SITES, Plate, Table
 from fedbio.report.study import Accuracy, Study
 from fedbio.report.words import NONE, gain_with_interval, not_above_zero, percent, with_interval
 from fedbio.results import CENTRAL, FEDERATED
@@ -30,9 +31,6 @@ from fedbio.results import CENTRAL, FEDERATED
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-MOST_SITES = 24
-"""More sites than this would make a figure too tall to read; the table has them all."""
 
 
 def _style(party: str) -> SeriesStyle:
@@ -142,7 +140,9 @@ def gain_plate(study: Study) -> Plate | None:
     best = study.accuracies[study.best]
     if not best.sites:
         return None
-    shown = list(best.sites.items())[:MOST_SITES]
+    if len(best.sites) > MANY_SITES:
+        return _gain_of_many(study, best)
+    shown = list(best.sites.items())
 
     def paint(figure: Figure, narrow: bool) -> None:
         axes = figure.add_subplot()
@@ -166,9 +166,7 @@ def gain_plate(study: Study) -> Plate | None:
         axes.set_xlabel("test accuracy, %")
         legend(figure, [LOCAL_STYLE, FEDERATED_STYLE])
 
-    trained = {name: sum(counts.train.values()) for name, counts in study.run.counts.items()}
     height = 105 + 40 * len(shown)
-    hidden = len(best.sites) - len(shown)
     return Plate(
         name="gain",
         drawing=draw(
@@ -180,23 +178,47 @@ def gain_plate(study: Study) -> Plate | None:
         caption=(
             f"Each site's own classifier against the federated one on the same test proteins (MLP {study.best}, mean "
             "over seeds). The numbers are the gain in percentage points with its 95 % interval."
-            + (f" The {hidden} further sites are in the table." if hidden else "")
         ),
-        table=Table(
-            "Gain of each site, with 95 % intervals",
-            ["Site", "Training proteins", "Alone", "Federated", "Gain, points", "Resamples with gain ≤ 0"],
+        table=_gain_table(study, best),
+    )
+
+
+def _gain_of_many(study: Study, best: Accuracy) -> Plate:
+    gains = [(name, each.gain) for name, each in best.sites.items()]
+    sure = sum(gain.low > 0 for _, gain in gains), sum(gain.high < 0 for _, gain in gains)
+    return Plate(
+        name="gain",
+        drawing=draw(
+            "gain",
+            "Gain of every site, from the smallest to the largest",
+            lambda figure, narrow: paint_gains(figure, gains),
+            heights=(330, 300),
+        ),
+        caption=(
+            f"What each of the {len(gains)} sites gained: the federated classifier less its own one, on the same test "
+            f"proteins (MLP {study.best}, mean over seeds), with 95 % intervals, in order of size. The interval lies "
+            f"above zero for {sure[0]} sites and below it for {sure[1]}. The table names them."
+        ),
+        table=_gain_table(study, best),
+    )
+
+
+def _gain_table(study: Study, best: Accuracy) -> Table:
+    trained = {name: sum(counts.train.values()) for name, counts in study.run.counts.items()}
+    return Table(
+        "Gain of each site, with 95 % intervals",
+        ["Site", "Training proteins", "Alone", "Federated", "Gain, points", "Resamples with gain ≤ 0"],
+        [
             [
-                [
-                    name,
-                    f"{trained[name]:,}" if name in trained else NONE,
-                    with_interval(own),
-                    with_interval(federated),
-                    gain_with_interval(gain),
-                    not_above_zero(gain),
-                ]
-                for name, (own, federated, gain) in best.sites.items()
-            ],
-        ),
+                name,
+                f"{trained[name]:,}" if name in trained else NONE,
+                with_interval(own),
+                with_interval(federated),
+                gain_with_interval(gain),
+                not_above_zero(gain),
+            ]
+            for name, (own, federated, gain) in best.sites.items()
+        ],
     )
 
 
@@ -221,6 +243,7 @@ def curves_plate(study: Study) -> Plate | None:
     if not models:
         return None
     parties = {party for model in models for party in curves[model]}
+    many = sum(_style(party) is LOCAL_STYLE for party in parties) > MANY_SITES
 
     def paint(figure: Figure, narrow: bool) -> None:
         columns = 1 if narrow or len(models) == 1 else 2
@@ -239,7 +262,14 @@ def curves_plate(study: Study) -> Plate | None:
         tidy(axes)
         axes.set_title(model)
         # sites first, so that the few federated lines lie on top of the many local ones
-        for party in sorted(curves[model], key=lambda party: (party == FEDERATED, party == CENTRAL)):
+        shown = sorted(curves[model], key=lambda party: (party == FEDERATED, party == CENTRAL))
+        if many:
+            paint_band(
+                axes,
+                [each for party in shown if _style(party) is LOCAL_STYLE for each in curves[model][party].values()],
+            )
+            shown = [party for party in shown if _style(party) is not LOCAL_STYLE]
+        for party in shown:
             style = _style(party)
             local = style is LOCAL_STYLE
             for seed, by_round in curves[model][party].items():
@@ -262,7 +292,13 @@ def curves_plate(study: Study) -> Plate | None:
         ]
 
     lines = -(-len(models) // (1 if len(models) == 1 else 2))
-    lone = "" if study.run.own else " and, for training alone, per site"
+    lone = "" if study.run.own or many else " and, for training alone, per site"
+    band = (
+        " Training alone is drawn for all sites together: the median, and the range of all but the highest and the "
+        "lowest tenth."
+        if many
+        else ""
+    )
     return Plate(
         name="curves",
         drawing=draw(
@@ -273,8 +309,8 @@ def curves_plate(study: Study) -> Plate | None:
         ),
         caption=(
             f"Accuracy on validation proteins after each round, one line per seed{lone}; a mark is the round that was "
-            "kept. A site that trains alone is validated on its own proteins only, so that lines of different kinds "
-            "can be compared only roughly: the test accuracies above are the fair comparison."
+            f"kept.{band} A site that trains alone is validated on its own proteins only, so that lines of different "
+            "kinds can be compared only roughly: the test accuracies above are the fair comparison."
         ),
         table=Table(
             "Rounds, one number per seed",

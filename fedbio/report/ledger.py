@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["kinds_sent", "ledger_table", "statement"]
 
 from fedbio.report.collect import Run
-from fedbio.report.plates import Table
+from fedbio.report.plates import MANY_SITES, Table
 from fedbio.report.words import bytes_words
 
 KINDS = {
@@ -61,7 +61,9 @@ def _schemes(run: Run) -> list[str]:
 
 
 def ledger_table(run: Run) -> Table:
-    """Return messages and bytes by site and kind."""
+    """Return messages and bytes by site and kind; of many sites a row each, with the bytes."""
+    if len(run.sites) > MANY_SITES:
+        return _bytes_of_many(run)
     rows = []
     for site in run.sites:
         for kind, traffic in sorted(site.sent.items(), key=lambda item: -item[1].bytes):
@@ -78,3 +80,14 @@ def ledger_table(run: Run) -> Table:
         total = sum(traffic.bytes for traffic in site.sent.values())
         rows.append([site.party, "all kinds", f"{messages:,}", f"{total:,}", bytes_words(total)])
     return Table("What left each site", ["Site", "Kind", "Messages", "Bytes", "That is"], rows)
+
+
+def _bytes_of_many(run: Run) -> Table:
+    kinds = [kind for kind, _ in kinds_sent(run)]
+    sent = {site.party: {kind: traffic.bytes for kind, traffic in site.sent.items()} for site in run.sites}
+    totals = {kind: sum(each.get(kind, 0) for each in sent.values()) for kind in kinds}
+    rows = [
+        [name, *(f"{found.get(kind, 0):,}" for kind in kinds), f"{sum(found.values()):,}"]
+        for name, found in {"all sites": totals, **sent}.items()
+    ]
+    return Table("Bytes that left each site, by kind", ["Site", *kinds, "All kinds"], rows)

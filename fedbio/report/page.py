@@ -16,13 +16,17 @@ from fedbio.report.accuracy_plates import accuracy_plate, curves_plate, gain_pla
 from fedbio.report.class_plates import confusion_plate, scores_plate
 from fedbio.report.collect import Run
 from fedbio.report.ledger import kinds_sent, ledger_table, statement
-from fedbio.report.plates import Table
+from fedbio.report.plates import MANY_SITES, Table
 from fedbio.report.site_plates import counts_plate, map_plate
 from fedbio.report.study import Study
-from fedbio.report.words import NONE, bytes_words, duration, interval, percent, verdict
+from fedbio.report.words import NONE, bytes_words, duration, interval, named, percent, verdict
 
 if TYPE_CHECKING:
     import markupsafe
+
+
+MOST_REMARKS, SHOWN_REMARKS = 6, 3
+"""If the parties have made more remarks than the first number, so many are shown: the numbers come after them."""
 
 
 def write_page(study: Study, path: str | os.PathLike[str]) -> Path:
@@ -65,6 +69,7 @@ def write_page(study: Study, path: str | os.PathLike[str]) -> Path:
         map=map_plate(study),
         statement=statement(run),
         kinds=kinds_sent(run),
+        many=len(run.sites) > MANY_SITES,
         ledger=ledger_table(run),
         encoder=_encoder_table(run),
         data=_data_table(run),
@@ -153,8 +158,11 @@ def _notices(study: Study) -> list[tuple[str, str]]:
                 "merely the smallest.",
             )
         )
-    notices += [(f"Remark of {party.party}", remark) for party in run.parties for remark in party.remarks]
-    return notices
+    remarks = [(f"Remark of {party.party}", remark) for party in run.parties for remark in party.remarks]
+    if len(remarks) > MOST_REMARKS:
+        more = len(remarks) - SHOWN_REMARKS
+        remarks[SHOWN_REMARKS:] = [(f"{more} further remarks", "They are in the parties' own party.json.")]
+    return notices + remarks
 
 
 def _encoder_table(run: Run) -> Table:
@@ -212,10 +220,13 @@ def _times_table(run: Run) -> Table:
 
 def _versions_table(run: Run) -> Table:
     names = list(dict.fromkeys(name for party in run.parties for name in party.versions))
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for party in run.parties:
+        alike.setdefault(tuple(party.versions.get(name, NONE) for name in names), []).append(party.party)
     return Table(
         "Versions",
         ["Party", *names],
-        [[party.party, *(party.versions.get(name, NONE) for name in names)] for party in run.parties],
+        [[named(parties), *cells] for cells, parties in alike.items()],
     )
 
 
@@ -225,4 +236,4 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     for party in run.parties:
         if party.settings:
             texts.setdefault(json.dumps(party.settings, indent=2, ensure_ascii=False), []).append(party.party)
-    return [(", ".join(parties), text) for text, parties in texts.items()]
+    return [(named(parties), text) for text, parties in texts.items()]

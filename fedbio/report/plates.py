@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["Plate", "Table"]
+__all__ = ["MANY_SITES", "Plate", "Table"]
 
 from dataclasses import dataclass
 
 from fedbio.report.drawing import Drawing
+
+MANY_SITES = 24
+"""More sites than this cannot be told apart in a figure: then all of them are drawn as one, and named in the tables."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedbio.report.collect import natural
+from fedbio.report.crowd import paint_counts
 from fedbio.report.drawing import FEDERATED_STYLE, INK, MUTED, draw, tidy
-from fedbio.report.plates import Plate, Table
+from fedbio.report.plates import MANY_SITES, Plate, Table
 from fedbio.report.study import Study
 from fedbio.results import MapPoint
 
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_COLUMNS = 24
-"""More sites than this would make bubbles too small to compare; the table has them all."""
 MOST_PANELS = 9
+ALL = "all sites"
 MOST_VECTOR_POINTS = 2_500
 """Beyond this the map's points are one picture: smaller than so many vector marks."""
 
@@ -48,10 +48,13 @@ def counts_plate(study: Study) -> Plate | None:
     totals = {name: sum(counts.get(name, 0) for counts in trained.values()) for name in classes}
     if not any(totals.values()):
         return None
-    shown = dict(list(trained.items())[:MOST_COLUMNS])
+    many = len(trained) > MANY_SITES
+    shown = trained
     most = max(count for counts in shown.values() for count in (0, *counts.values())) or 1
 
     def paint(figure: Figure, narrow: bool) -> None:
+        if many:
+            return paint_counts(figure, classes, trained)
         axes = figure.add_subplot()
         tidy(axes)
         diameter = min(30.0, (175 if narrow else 480) / len(shown) * 0.6)
@@ -77,12 +80,13 @@ def counts_plate(study: Study) -> Plate | None:
         axes.set_xlim(-0.5, len(shown) - 0.3)
         axes.set_ylim(len(classes) - 0.4, -0.6)
         axes.spines[:].set_visible(False)
+        return None
 
     gaps = {
         site: [name for name in classes if totals[name] and not counts.get(name)] for site, counts in trained.items()
     }
     lacking = [f"{site} has no {', '.join(names)}" for site, names in gaps.items() if names]
-    hidden = len(trained) - len(shown)
+    shape = "the darker, the more; white is none" if many else "the area of a bubble is the count"
     return Plate(
         name="counts",
         drawing=draw(
@@ -92,26 +96,31 @@ def counts_plate(study: Study) -> Plate | None:
             heights=(60 + 34 * len(classes), 50 + 32 * len(classes)),
         ),
         caption=(
-            "Training proteins of each compartment at each site (as Figure 6 of arXiv:2402.07792); the area of a "
-            "bubble is the count. The more the columns differ, the less a site can learn alone about what others see."
+            f"Training proteins of each compartment at each site (as Figure 6 of arXiv:2402.07792); {shape}. The more "
+            "the columns differ, the less a site can learn alone about what others see."
             + (f" To train on, {'; '.join(lacking)}." if 0 < len(lacking) <= 4 else "")
-            + (f" The {hidden} further sites are in the table." if hidden else "")
         ),
-        table=Table(
-            "Proteins for training + for validation",
-            ["Compartment", *trained, "All, for training"],
-            [
-                [
-                    name,
-                    *(
-                        f"{counts.train.get(name, 0):,} + {counts.validation.get(name, 0):,}"
-                        for counts in study.run.counts.values()
-                    ),
-                    f"{total:,}",
-                ]
-                for name, total in totals.items()
-            ],
-        ),
+        table=_counts_table(study, totals, turned=many),
+    )
+
+
+def _counts_table(study: Study, totals: dict[str, int], *, turned: bool) -> Table:
+    """Return the counts with a column for each site, or, turned, a row for each."""
+    title = "Proteins for training + for validation"
+    sites = study.run.counts
+
+    def cell(site: str, name: str) -> str:
+        return f"{sites[site].train.get(name, 0):,} + {sites[site].validation.get(name, 0):,}"
+
+    if turned:
+        rows = [[site, *(cell(site, name) for name in totals)] for site in sites]
+        return Table(
+            title, ["Site", *totals], [["all, for training", *(f"{each:,}" for each in totals.values())], *rows]
+        )
+    return Table(
+        title,
+        ["Compartment", *sites, "All, for training"],
+        [[name, *(cell(site, name) for site in sites), f"{total:,}"] for name, total in totals.items()],
     )
 
 
@@ -125,7 +134,12 @@ def map_plate(study: Study) -> Plate | None:
     sites = sorted(by_site, key=natural)
     for site in sites:  # test proteins may be the same at every site: who has what is seen on the others
         by_site[site] = [point for point in by_site[site] if point.split != "test"] or by_site[site]
-    shown = sites[:MOST_PANELS]
+    shown = sites
+    if len(sites) > MOST_PANELS:
+        # all of them in one panel, and those with the most points
+        by_site[ALL] = [point for site in sites for point in by_site[site]]
+        largest = sorted(sites, key=lambda site: -len(by_site[site]))[: MOST_PANELS - 1]
+        shown = [ALL, *sorted(largest, key=natural)]
     as_picture = sum(len(by_site[site]) for site in shown) > MOST_VECTOR_POINTS
 
     def paint(figure: Figure, narrow: bool) -> None:
@@ -183,7 +197,11 @@ def map_plate(study: Study) -> Plate | None:
             "The sites' training proteins on one plane: the two directions in which all sites' embeddings vary most, "
             "found from sums that the sites sent. Clouds of one colour are what a classifier can use; a site's gaps "
             "are what it lacks."
-            + (f" The first {len(shown)} of {len(sites)} sites are shown." if len(shown) < len(sites) else "")
+            + (
+                f" Beside all {len(sites)} sites together, the {len(shown) - 1} with the most points are shown."
+                if ALL in shown
+                else ""
+            )
         ),
         table=Table("Points on the map", ["Site", "Points", "Mean x", "Mean y"], [row(site) for site in sites]),
     )

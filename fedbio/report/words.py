@@ -11,6 +11,7 @@ __all__ = [
     "headline_line",
     "how_many_sites",
     "interval",
+    "named",
     "not_above_zero",
     "percent",
     "points",
@@ -19,6 +20,7 @@ __all__ = [
 ]
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedbio.report.bootstrap import Estimate
@@ -26,6 +28,22 @@ from fedbio.report.study import Study
 
 NONE = "–"
 """What a table shows where there is no number."""
+
+MOST_NAMES = 6
+"""The most names in a row."""
+
+
+def named(parties: Sequence[str]) -> str:
+    """Return names in a row; of many the first ones, and how many more there are.
+
+    Examples
+    --------
+    >>> named(["server", "site-1"]), named([f"site-{number}" for number in range(1, 101)])
+    ('server, site-1', 'site-1, site-2, site-3 and 97 more')
+    """
+    if len(parties) <= MOST_NAMES:
+        return ", ".join(parties)
+    return f"{', '.join(parties[:3])} and {len(parties) - 3} more"
 
 
 def percent(estimate: Estimate | float | None, digits: int = 1) -> str:

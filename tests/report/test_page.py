@@ -194,10 +194,27 @@ def test_a_partys_remark_is_shown(invent: Callable[..., Path]) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_many_sites_do_not_make_a_figure_too_tall(invent: Callable[..., Path]) -> None:
-    text = Outline(page_of(invent(sites=30, proteins=2000))).text
-    assert "The 6 further sites are in the table." in text
-    assert "The first 9 of 30 sites are shown." in text
+def test_many_sites_are_drawn_as_one_and_named_in_the_tables(invent: Callable[..., Path]) -> None:
+    folder = invent(sites=30, proteins=2000)
+    for number in range(1, 31):
+        record = read_party(folder / f"site-{number}" / "party.json")
+        record.remarks = [f"site-{number} was slow"]
+        write_party(folder / f"site-{number}", record)
+    page = page_of(folder)
+    text = Outline(page).text
+    assert "What each of the 30 sites gained" in text
+    assert "the darker, the more; white is none" in text
+    assert "Training alone is drawn for all sites together" in text
+    assert "Beside all 30 sites together, the 8 with the most points are shown." in text
+    # a row for each site, and one for all of them, in what can be unfolded
+    assert page.count('<th scope="row">site-30</th>') >= 4
+    assert '<th scope="row">all sites</th>' in page
+    assert "<summary>Bytes that left each site, by kind</summary>" in page
+    # what all have in common is said once
+    assert re.search(r'<th scope="row">[^<]* and \d\d more</th>', page)
+    assert "site-3 was slow" in text
+    assert "site-4 was slow" not in text
+    assert "27 further remarks" in text
 
 
 @pytest.mark.slow
