@@ -52,32 +52,33 @@ _TERMINATE, _REFUSED = b"T", b"refused"
 _SIZE_BYTES = 4
 
 
-def preloadable(scripts: Iterable[str]) -> list[str]:
-    """Return the libraries that the texts of all scripts may find loaded.
+def preloadable(scripts: Iterable[str]) -> list[str] | None:
+    """Return the libraries that scripts with these texts may find loaded.
 
-    None if one of them looks at its environment, which may be to tell a library something before it is imported.
+    None if one of them looks at its environment, which may be to tell a library something before it is imported: such
+    scripts need interpreters of their own.
 
     Examples
     --------
     >>> preloadable(["import torch", "import os"])
     ['torch']
-    >>> preloadable(["import os\\nos.environ['OMP_NUM_THREADS'] = '4'\\nimport torch"])
-    []
+    >>> preloadable(["import os\\nos.environ['OMP_NUM_THREADS'] = '4'\\nimport torch"]) is None
+    True
     """
     texts = list(scripts)
     if any("environ" in text or "putenv" in text for text in texts):
-        return []
+        return None
     return sorted({name for text in texts for name in _IMPORT.findall(text)})
 
 
 @contextlib.contextmanager
-def nursery(scripts: Iterable[str], log: str | os.PathLike[str], *, threads: int) -> Iterator[str]:
+def nursery(libraries: Iterable[str], log: str | os.PathLike[str], *, threads: int) -> Iterator[str]:
     """Offer a nursery for scripts, and end it.
 
     Parameters
     ----------
-    scripts : iterable of str
-        The texts of what may run there.
+    libraries : iterable of str
+        Modules to load, beside this package's own for scripts; see `preloadable`.
     log : path
         Gets what is said while libraries are loaded.
     threads : int
@@ -95,7 +96,7 @@ def nursery(scripts: Iterable[str], log: str | os.PathLike[str], *, threads: int
         listener.bind(path)
         listener.listen(64)
         process = subprocess.Popen(
-            [sys.executable, "-m", "fedbio.nursery", str(listener.fileno()), "fedbio.client", *preloadable(scripts)],
+            [sys.executable, "-m", "fedbio.nursery", str(listener.fileno()), "fedbio.client", *libraries],
             env={**os.environ, **dict.fromkeys(names, str(threads))},
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -23,7 +23,7 @@ from fedbio.federation.party import UNFINISHED
 from fedbio.federation.simulation_pool import play
 from fedbio.federation.supervisor import Process, supervise
 from fedbio.files import write_whole
-from fedbio.nursery import NURSERY, nursery
+from fedbio.nursery import NURSERY, nursery, preloadable
 from fedbio.provision import provision
 from fedbio.results import PARTY_FILE, read_party
 from fedbio.settings import FederationFile, JobsFile, ServerParty, TaskKind, Transport
@@ -145,10 +145,11 @@ def _supervise(what: Simulation, run: Path, kits: Path, address: str) -> None:
         processes.append(_process(site, run, arguments))
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with contextlib.ExitStack() as stack:
-        if any(isinstance(job, ScriptJob) and job.client.launch == "process" for job in what.jobs.jobs):
-            scripts = [path.read_text(errors="replace") for path in what.files.values() if path.suffix == ".py"]
-            socket_of = stack.enter_context(nursery(scripts, run / "nursery.txt", threads=what.threads))
-            environment |= {NURSERY: socket_of}
+        scripts = [path.read_text(errors="replace") for path in what.files.values() if path.suffix == ".py"]
+        alone = any(isinstance(job, ScriptJob) and job.client.launch == "process" for job in what.jobs.jobs)
+        if alone and (libraries := preloadable(scripts)) is not None:
+            path_of = stack.enter_context(nursery(libraries, run / "nursery.txt", threads=what.threads))
+            environment |= {NURSERY: path_of}
         supervise(processes, environment)
 
 
