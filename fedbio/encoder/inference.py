@@ -242,13 +242,14 @@ def _lanes(threads: int) -> ThreadPoolExecutor:
 
     Notes
     -----
-    torch keeps the number of cores by thread, and gives a new thread the number that was last set by any: the caller
-    sets it again for those that come later.
+    torch keeps the number of cores by thread, and when a thread first asks for it, gives it the number that was last set
+    by any. So each asks before it sets its own, and the caller sets that of threads that come later.
     """
     lanes = ThreadPoolExecutor(threads, "encoder")
     all_there = threading.Barrier(threads)
 
     def begin() -> None:
+        torch.get_num_threads()
         torch.set_num_threads(1)
         all_there.wait()
 

@@ -137,9 +137,10 @@ def test_the_order_of_proteins_does_not_matter(tiny_weights: Weights) -> None:
         np.testing.assert_allclose(mean, means[1][residues], rtol=0, atol=1e-6)
 
 
-def test_threads_of_the_caller_are_those_asked_for(tiny_weights: Weights) -> None:
-    Inference(TINY, tiny_weights, device=CPU, dtype=torch.float32, threads=3)
+def test_threads_share_no_product_and_the_caller_has_all(tiny_weights: Weights) -> None:
+    encoder = Inference(TINY, tiny_weights, device=CPU, dtype=torch.float32, threads=3)
     assert torch.get_num_threads() == 3
+    assert {encoder._lanes.submit(torch.get_num_threads).result() for _ in range(9)} == {1}
     later = []
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     thread.start()
