@@ -157,7 +157,9 @@ class SocketHost(Host):
         threading.Thread(target=self._say_end, name="end-to-script", daemon=True).start()
 
     def _say_end(self) -> None:
-        if self._here.is_set():
+        # one that still loads its libraries hears it when it is there
+        self._here.wait()
+        if not self._over:
             with contextlib.suppress(TransportError):
                 self._endpoint.send(SCRIPT, END)
 

@@ -147,6 +147,7 @@ def patch(trainer: Trainer, restore_state: bool = True, load_state_dict_strict: 
         exchange.begin(_module(trainer))
         if exchange.answered():
             return TrainOutput(trainer.state.global_step, 0.0, {})
+        _have_ranks_train_together(trainer)
         if not restore_state and not given:
             # it makes a new one
             trainer.optimizer = None
@@ -180,6 +181,17 @@ class _Patched(FLCallback):
 def _module(trainer: Trainer) -> Module:
     assert trainer.model is not None, "a trainer makes one if it was given none"
     return trainer.model
+
+
+def _have_ranks_train_together(trainer: Trainer) -> None:
+    """Have a model that was evaluated before its first training be wrapped for several ranks all the same.
+
+    Accelerate notes on a model that it is ready when it is made ready for an evaluation; a training then takes it as it
+    is, and every rank would train one of its own (accelerate 1.15, ``Accelerator.prepare_model``).
+    """
+    model, apart = _module(trainer), trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if trainer.args.world_size > 1 and not apart and trainer.model_wrapped is model:
+        model._is_accelerate_prepared = False  # type: ignore[assignment]
 
 
 def _of_the_model(metrics: dict[str, float]) -> dict[str, float]:

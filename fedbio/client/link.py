@@ -106,6 +106,11 @@ class Link(ABC):
 
     about: dict[str, Any]
 
+    @property
+    @abstractmethod
+    def over(self) -> bool:
+        """Whether it is known that there will be no more tasks."""
+
     @abstractmethod
     def receive(self, timeout_s: float | None) -> Task | None:
         """Wait for the next task; return None if there is none in time, or will be none any more."""
@@ -167,6 +172,10 @@ class SocketLink(Link):
             heartbeat_s=HEARTBEAT_S,
             driver="local",
         ).start()
+
+    @property
+    def over(self) -> bool:
+        return self._gone
 
     def receive(self, timeout_s: float | None) -> Task | None:
         if self._gone and self._tasks.empty():
@@ -274,6 +283,10 @@ class QueueLink(Link):
     def put(self, task: Task | None) -> None:
         """Give the script a task, or None: there are no more."""
         self._tasks.put(task)
+
+    @property
+    def over(self) -> bool:
+        return self._gone
 
     def receive(self, timeout_s: float | None) -> Task | None:
         if self._gone:

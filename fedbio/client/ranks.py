@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     import torch
 
 
-def share(task: Task | None) -> Task | None:
-    """Return the first rank's task, or None, on every rank.
+def share(task: Task | None, waits: bool) -> tuple[Task | None, bool]:
+    """Return the first rank's task, or None, on every rank, and whether there is none only until now.
 
     Parameters
     ----------
     task : Task or None
         On the first rank: the task, or None; elsewhere not looked at.
+    waits : bool
+        On the first rank: whether all of them go on waiting; elsewhere not looked at.
 
     Raises
     ------
@@ -38,7 +40,7 @@ def share(task: Task | None) -> Task | None:
             "before flare.receive() or flare.is_running()"
         )
     first = torch.distributed.get_rank() == 0
-    sizes = torch.zeros(2, dtype=torch.int64)
+    sizes = torch.zeros(3, dtype=torch.int64)
     parts: list[Any] = [b"", b""]
     if first:
         body, tensors = encode(task) if task is not None else (b"", {})
@@ -48,15 +50,13 @@ def share(task: Task | None) -> Task | None:
             packed[filled : filled + len(chunk)] = chunk
             filled += len(chunk)
         parts = [body, packed]
-        sizes = torch.tensor([len(each) for each in parts])
-    sizes = _broadcast(sizes)
-    body_there, packed_there = (
-        _broadcast_bytes(part, int(size)) for part, size in zip(parts, sizes.tolist(), strict=True)
-    )
+        sizes = torch.tensor([*(len(each) for each in parts), waits])
+    *lengths, wait_on = _broadcast(sizes).tolist()
+    body_there, packed_there = (_broadcast_bytes(part, size) for part, size in zip(parts, lengths, strict=True))
     if first or not len(body_there):
         # the first rank keeps its own arrays
-        return task
-    return decode(Task, body_there.tobytes(), parse(packed_there.data) if len(packed_there) else {})
+        return task, bool(wait_on)
+    return decode(Task, body_there.tobytes(), parse(packed_there.data) if len(packed_there) else {}), False
 
 
 def _broadcast_bytes(part: Any, size: int) -> np.ndarray[Any, Any]:

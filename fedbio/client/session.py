@@ -7,6 +7,7 @@ __all__ = ["Session", "current", "enter", "leave", "offer"]
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 
 PREFIX = "client/"
 """Before the names of a script's tasks on the wire."""
+
+BEAT_S = 60.0
+"""Seconds after which the first rank tells the others that they go on waiting: their collectives have deadlines of
+their own, ten minutes with NCCL, and a round may take longer."""
 
 BY_HAND = (
     "this script takes part in a federation, and here is none: it is started by a site. Name it in a job "
@@ -45,7 +50,7 @@ class Session:
     default : callable, optional
         Returns ``"torch"`` or ``"numpy"``: how parameters come that the script has never sent.
     share : callable, optional
-        Makes one task, or None, known to all ranks; called on all of them.
+        Makes one task, or None, known to all ranks, and whether they go on waiting; called on all of them.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class Session:
         rank: int = 0,
         *,
         default: Callable[[], str] | None = None,
-        share: Callable[[Task | None], Task | None] | None = None,
+        share: Callable[[Task | None, bool], tuple[Task | None, bool]] | None = None,
     ) -> None:
         self.link, self.rank = link, rank
         self.form = Form(default)
@@ -101,19 +106,31 @@ class Session:
         return self._model
 
     def _next(self, timeout_s: float | None) -> Task | None:
-        task = None
-        if self.link is not None:
+        if self._share is None:
+            task = self._from_site(timeout_s)
+            self._over |= task is None and timeout_s is None
+            return task
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            task = self._from_site(BEAT_S if left is None else min(BEAT_S, left))
+            # only the first rank knows
+            waits = self.link is not None and task is None and not self.link.over and (left is None or left > BEAT_S)
+            task, waits = self._share(task, waits)
+            if not waits:
+                self._over |= task is None and timeout_s is None
+                return task
+
+    def _from_site(self, timeout_s: float | None) -> Task | None:
+        """Return the site's next task on the first rank; nothing on the others."""
+        if self.link is None:
+            return None
+        task = self.link.receive(timeout_s)
+        while task is not None and task.name == INIT and self.initial_model is not None:
+            self._answer_with_initial(self.link, task, self.initial_model)
             task = self.link.receive(timeout_s)
-            while task is not None and task.name == INIT and self.initial_model is not None:
-                self._answer_with_initial(self.link, task, self.initial_model)
-                task = self.link.receive(timeout_s)
-            if task is not None:
-                self.link.taken(task)
-            elif timeout_s is None:
-                self._over = True
-        if self._share is not None:
-            task = self._share(task)
-            self._over = task is None and timeout_s is None
+        if task is not None:
+            self.link.taken(task)
         return task
 
     def _answer_with_initial(self, link: Link, task: Task, make: Callable[[], FLModel]) -> None:
