@@ -76,6 +76,7 @@ class JobRunner:
         """Have a job's controller end with an error where it waits for sites."""
         self.desk.interrupt(job, error)
         self.lockstep.interrupt(job, str(error))
+        self.outbox.interrupt(job)
 
     def _controller(self, entry: JobEntry, desk: JobDesk) -> Controller:
         runtime = Runtime(
@@ -87,7 +88,7 @@ class JobRunner:
             workspace=self.workspace,
             code=entry.code,
             limits=entry.file.federation,
-            send_file=functools.partial(self._send_file, desk),
+            send_file=functools.partial(self._send_file, desk, entry.name),
             lockstep=self.lockstep,
             split=self.split,
             save_model=self.save_model,
@@ -96,7 +97,5 @@ class JobRunner:
         )
         return controller_for(runtime, entry.job)
 
-    def _send_file(self, desk: JobDesk, site: str, path: Path, header: FileHeader, kind: str) -> None:
-        # a job that was aborted goes no further than the file that is under way
-        desk.check()
-        self.outbox.send_file(site, path, header, kind)
+    def _send_file(self, desk: JobDesk, job: str, site: str, path: Path, header: FileHeader, kind: str) -> None:
+        self.outbox.send_file(site, path, header, kind, job=job, check=desk.check)

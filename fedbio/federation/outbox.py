@@ -4,8 +4,11 @@ from __future__ import annotations
 
 __all__ = ["GOODBYE_S", "Outbox"]
 
+import contextlib
 import functools
 import logging
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -44,6 +47,9 @@ class Outbox:
     def __init__(self, endpoint: ServerLink, ledger: Ledger, *, deadline_s: float) -> None:
         self._endpoint, self._ledger, self._deadline_s = endpoint, ledger, deadline_s
         self._couriers = Workers("tell", most=COURIERS)
+        self._files: dict[str, list[Payload]] = {}
+        """Those that are on their way, by job."""
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Wait for nobody any more."""
@@ -68,11 +74,39 @@ class Outbox:
         payload = None if items is None else ObjectPayload(items)
         self._endpoint.send(site, topic, body, payload, self._deadline_s)
 
-    def send_file(self, site: str, path: Path, header: FileHeader, kind: str) -> None:
-        """Stream a file; `kind` is what it is in the ledger."""
+    def send_file(
+        self, site: str, path: Path, header: FileHeader, kind: str, *, job: str, check: Callable[[], None]
+    ) -> None:
+        """Stream a file of a job; `kind` is what it is in the ledger, `check` raises if the job was interrupted.
+
+        Raises
+        ------
+        TransportError
+            If the site does not get it; at once if `interrupt` is called for the job.
+        """
         payload = FilePayload(path)
-        self._ledger.add(kind, payload.size or 0, to=site)
-        self._endpoint.send(site, messages.FILE, pack(header), payload, self._deadline_s)
+        with self._under_way(job, payload):
+            # one that is interrupted from here on finds the file
+            check()
+            self._ledger.add(kind, payload.size or 0, to=site)
+            self._endpoint.send(site, messages.FILE, pack(header), payload, self._deadline_s)
+
+    def interrupt(self, job: str) -> None:
+        """End the files of a job that are under way: a large one would keep its controller for hours."""
+        with self._lock:
+            payloads = list(self._files.get(job, ()))
+        for each in payloads:
+            each.cancel()
+
+    @contextlib.contextmanager
+    def _under_way(self, job: str, payload: Payload) -> Iterator[None]:
+        with self._lock:
+            self._files.setdefault(job, []).append(payload)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._files[job].remove(payload)
 
     def tell(self, site: str, topic: str, message: msgspec.Struct | None = None, timeout_s: float = GOODBYE_S) -> None:
         """Send a short message; a site that does not take it has to do without."""
