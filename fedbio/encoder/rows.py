@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedbio.embeddings import CHUNK_ROWS, RESIDUES, Embeddings, Parts, check_same_encoder
 from fedbio.encoder.source import Source
-from fedbio.encoder.work import Work
+from fedbio.encoder.work import Work, count_residues
 from fedbio.proteins.keys import KEY_BYTES, KeyTable
 from fedbio.results import EncoderInfo
 
@@ -34,7 +34,7 @@ class KnownRows:
 
     Attributes
     ----------
-    places : ndarray, shape (distinct sequences,), int64
+    places : ndarray, shape (distinct sequences,), int32
         The protein of the file that has the sequence, or -1.
     stored : int
         How many distinct sequences the file holds.
@@ -46,7 +46,7 @@ class KnownRows:
     """
 
     def __init__(self, path: Path | None, info: EncoderInfo, source: Source) -> None:
-        self.places = np.full(len(source.distinct), -1, dtype=np.int64)
+        self.places = np.full(len(source.distinct), -1, dtype=np.int32)
         self.stored = 0
         self.file: Embeddings | None = None
         if path is None:
@@ -100,8 +100,8 @@ class Assembly:
     def __init__(self, source: Source, known: KnownRows, work: Work, parts: Parts) -> None:
         self._source, self._known, self._work, self._parts = source, known, work, parts
         # number of each distinct sequence in the work; meaningless for those that are known
-        self._fresh = np.cumsum(known.places < 0) - 1
-        self._firsts = np.concatenate([[0], np.cumsum(work.pieces)])
+        self._fresh = np.cumsum(known.places < 0, dtype=np.int32) - 1
+        self._firsts = np.concatenate([[0], np.cumsum(work.pieces, dtype=np.int64)])
         # pieces of one protein side by side, in the order of their residues
         self._starts = np.empty(int(self._firsts[-1]), dtype=np.int64)
         self._counts = np.empty(len(self._starts), dtype=np.int32)
@@ -135,12 +135,12 @@ class Assembly:
         old, fresh = np.flatnonzero(places >= 0), np.flatnonzero(places < 0)
         if len(old):
             assert self._known.file is not None
-            rows[old] = self._known.file.take(places[old])
+            rows[old] = self._known.file.take(places[old].astype(np.int64))
         if len(fresh):
             rows[fresh] = self._joined(self._fresh[numbers[fresh]])
         return rows
 
-    def _joined(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _joined(self, numbers: NDArray[np.int32]) -> NDArray[np.float32]:
         """Return the rows of sequences of the work, each from the rows of its pieces."""
         firsts = self._firsts[numbers]
         counts = self._firsts[numbers + 1] - firsts
@@ -151,7 +151,8 @@ class Assembly:
         how = np.maximum if pooling == "max" else np.add
         rows: NDArray[np.float32] = how.reduceat(pieces, begins, axis=0)  # (proteins, d)
         if pooling == "mean":
-            rows /= self._work.counted[numbers].astype(np.float32)[:, None]
+            counted = count_residues(self._work.sequences.lengths[numbers], self._work.info)
+            rows /= counted.astype(np.float32)[:, None]
         elif pooling == "start":
             rows /= counts.astype(np.float32)[:, None]
         return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Block", "Work"]
+__all__ = ["Block", "Work", "count_residues"]
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -62,10 +62,8 @@ class Work:
 
     Attributes
     ----------
-    pieces : ndarray, shape (n,), int64
+    pieces : ndarray, shape (n,), int32
         Into how many pieces each sequence is cut.
-    counted : ndarray, shape (n,), int64
-        How many residues of each sequence are pooled, or have a row.
     rows, residues : int
         How many rows there will be, and how many residues the encoder sees.
     """
@@ -74,14 +72,16 @@ class Work:
         self.sequences, self.info, self.budget = sequences, info, budget
         self._windows = info.long == "window"
         lengths = sequences.lengths
-        self.pieces = count_pieces(lengths, max_residues=info.max_residues, windows=self._windows)
-        self.counted = count_residues(lengths, info)
-        rows = self.counted if info.pooling == RESIDUES else self.pieces
-        seen = np.where(lengths > info.max_residues, self.pieces * info.max_residues, lengths)
+        self.pieces = count_pieces(lengths, max_residues=info.max_residues, windows=self._windows).astype(np.int32)
         self.borders = _divide(lengths)
-        self._rows = np.concatenate([[0], np.cumsum(rows)])[self.borders]
-        self._seen = np.concatenate([[0], np.cumsum(seen)])[self.borders]
+        rows = count_residues(lengths, info) if info.pooling == RESIDUES else self.pieces
+        self._rows = self._at_borders(rows)
+        self._seen = self._at_borders(np.where(lengths > info.max_residues, self.pieces * info.max_residues, lengths))
         self.rows, self.residues = int(self._rows[-1]), int(self._seen[-1])
+
+    def _at_borders(self, counts: NDArray[np.int32] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many come before each border of blocks, shape (blocks + 1,)."""
+        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])[self.borders]
 
     def name(self, digests: Iterable[NDArray[np.uint8]]) -> str:
         """Name the work by all that its rows and their order depend on, besides the encoder.

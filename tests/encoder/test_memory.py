@@ -1,0 +1,67 @@
+"""Tests of the memory of `fedbio embed`: it does not grow with the sequences, and its bound is kept."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedbio.encoder.memory import check_memory, fitting_budget, needed_bytes
+from fedbio.errors import MachineError
+from fedbio.weights import EncoderConfig, Weights, write_weights
+
+from .conftest import TINY
+
+LENGTH = 6_000
+ESM = EncoderConfig(name="esm", trained=True, layers=6, heads=12, width=768, ffn=3072, max_tokens=512)
+ESM_BYTES = 4 * 43_000_000
+
+
+def peak_bytes(folder: Path, proteins: int) -> int:
+    """Embed so many proteins of `LENGTH` residues in a process of its own, and return its peak resident memory."""
+    source, output = folder / f"{proteins}.fasta", folder / f"{proteins}.h5"
+    random, letters = np.random.default_rng(0), np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", dtype=np.uint8)
+    with open(source, "wb") as file:
+        for number in range(proteins):
+            file.write(b">p%d\n%s\n" % (number, letters[random.integers(0, 20, LENGTH)].tobytes()))
+    command = [sys.executable, "-c", "from fedbio.cli import entry; entry()", "embed", str(source), "-o", str(output)]
+    command += ["--encoder", str(folder / "tiny"), "--long", "cut", "--threads", "1", "--dtype", "float32"]
+    _, status, usage = os.wait4(os.posix_spawn(sys.executable, command, os.environ), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return usage.ru_maxrss * 1024
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_sequences(tiny_weights: Weights, tmp_path: Path) -> None:
+    write_weights(tmp_path / "tiny", TINY, tiny_weights)
+    few, many = peak_bytes(tmp_path, 500), peak_bytes(tmp_path, 20_000)
+    residues = 19_500 * LENGTH
+    assert residues > 110 * 2**20
+    assert many - few < 40 * 2**20
+
+
+def test_packs_become_smaller_until_they_fit() -> None:
+    def budget(memory: int | None) -> int:
+        return fitting_budget(ESM, ESM_BYTES, default=4096, memory=memory, on_cpu=True)
+
+    assert budget(None) == budget(8 * 2**30) == 4096
+    tight = needed_bytes(ESM, ESM_BYTES, budget=1024, on_cpu=True)
+    assert budget(tight) == 1024
+    assert budget(tight - 1) == 512
+    # the memory of a GPU is another one
+    assert fitting_budget(ESM, ESM_BYTES, default=65_536, memory=tight, on_cpu=False) == 65_536
+    with pytest.raises(MachineError, match=r"memory of 500 MiB: esm takes about [0-9,]+ MiB with the smallest packs"):
+        budget(500 * 2**20)
+
+
+def test_proteins_beyond_the_memory_are_refused() -> None:
+    check_memory(1_000_000, 10**9, None)
+    check_memory(1_000_000, 10**9, 1_200_000_000)
+    expected = (
+        r"memory of 1,144 MiB: 10,000,000 proteins take about 1,9\d\d MiB; allow that much \(--memory\), or divide"
+    )
+    with pytest.raises(MachineError, match=expected):
+        check_memory(10_000_000, 10**9, 1_200_000_000)
