@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -94,6 +95,30 @@ class Parties:
         arguments = ["--kit", str(kit), "--data", str(data), "-o", str(output), "--threads", "1", *more]
         return self.start(name, "site", "--connect-deadline", "60", *arguments)
 
+    def write_script_job(self, script: str, **job: Any) -> None:
+        """A job whose script is `train.py`, with limits for parties that are killed."""
+        (self.folder / "train.py").write_text(textwrap.dedent(script))
+        whole = {**job, "client": {"script": "train.py", "initial": "train.py:first"}}
+        limits = {"heartbeat_s": 2, "join_deadline_s": 60, "round_deadline_s": 60}
+        (self.folder / "jobs.yaml").write_text(yaml.safe_dump({"jobs": [whole], "federation": limits}))
+
+    def script_site(self, name: str) -> subprocess.Popen[bytes]:
+        """A site that lets `train.py` run."""
+        return self.site(name, "--code", str(self.folder / "train.py"))
+
+    def events(self) -> list[dict[str, Any]]:
+        """The server's events so far."""
+        path = self.folder / "server" / "events.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def wait_for_event(self, event: str, key: str, least: int, *, within_s: float = 90) -> None:
+        """Wait until the server has written an event whose number `key` is large enough."""
+        deadline = time.monotonic() + within_s
+        while not any(each["event"] == event and each[key] >= least for each in self.events()):
+            assert time.monotonic() < deadline, self.log("server") + self.log("site-1")
+            time.sleep(0.02)
+
     def log(self, name: str) -> str:
         path = self.folder / f"{name}.log"
         return path.read_text() if path.exists() else ""
@@ -113,10 +138,7 @@ class Parties:
 
     def rounds(self) -> list[tuple[int, int]]:
         """Seed and number of every round that the server has measured."""
-        path = self.folder / "server" / "events.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        events = [json.loads(line) for line in lines if line.endswith("}")]
-        return [(each["seed"], each["round"]) for each in events if each["event"] == "round"]
+        return [(each["seed"], each["round"]) for each in self.events() if each["event"] == "round"]
 
     def end(self) -> None:
         for process in self.running:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import textwrap
-import time
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from fedbio.tensors import open_file
 
@@ -47,21 +43,6 @@ if __name__ == "__main__":
 """
 
 
-def start_site(parties: Parties, site: str) -> Any:
-    return parties.site(site, "--code", str(parties.folder / "train.py"))
-
-
-def wait_for_step(parties: Parties, step: int) -> None:
-    path, deadline = parties.folder / "server" / "events.jsonl", time.monotonic() + 90
-    while True:
-        lines = path.read_text().splitlines() if path.exists() else []
-        found = [json.loads(line) for line in lines if line.endswith("}")]
-        if any(each["event"] == "model saved" and each["step"] >= step for each in found):
-            return
-        assert time.monotonic() < deadline, parties.log("server") + parties.log("site-1")
-        time.sleep(0.02)
-
-
 def expected() -> np.ndarray[Any, Any]:
     model = np.ones(WIDTH, np.float32)
     for number in range(ROUNDS):
@@ -72,16 +53,13 @@ def expected() -> np.ndarray[Any, Any]:
 
 
 def test_server_and_a_site_are_killed_and_the_model_is_that_of_a_plain_loop(parties: Parties) -> None:
-    (parties.folder / "train.py").write_text(textwrap.dedent(SCRIPT))
-    job = {"workflow": "cyclic", "rounds": ROUNDS, "client": {"script": "train.py", "initial": "train.py:first"}}
-    limits = {"heartbeat_s": 2, "join_deadline_s": 60, "round_deadline_s": 60}
-    (parties.folder / "jobs.yaml").write_text(yaml.safe_dump({"jobs": [job], "federation": limits}))
-    processes = [parties.server(), *(start_site(parties, site) for site in SITES)]
+    parties.write_script_job(SCRIPT, workflow="cyclic", rounds=ROUNDS)
+    processes = [parties.server(), *(parties.script_site(site) for site in SITES)]
     for victim, step in ((0, 2), (2, 4), (0, 6), (1, 8)):
-        wait_for_step(parties, step)
+        parties.wait_for_event("model saved", "step", step)
         processes[victim].kill()
         processes[victim].wait()
-        processes[victim] = parties.server() if victim == 0 else start_site(parties, SITES[victim - 1])
+        processes[victim] = parties.server() if victim == 0 else parties.script_site(SITES[victim - 1])
     for process in processes:
         assert process.wait(120) == 0, "\n".join(f"== {name}\n{parties.log(name)}" for name in ("server", *SITES))
     folder = parties.folder / "server" / "models" / "cyclic"

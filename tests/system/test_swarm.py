@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from fedbio.files import sha256_file
 from fedbio.tensors import open_file
@@ -54,15 +51,8 @@ if __name__ == "__main__":
 
 
 def start_all(parties: Parties) -> list[Any]:
-    (parties.folder / "train.py").write_text(textwrap.dedent(SCRIPT))
-    job = {"workflow": "swarm", "rounds": ROUNDS, "client": {"script": "train.py", "initial": "train.py:first"}}
-    limits = {"heartbeat_s": 2, "join_deadline_s": 60, "round_deadline_s": 60}
-    (parties.folder / "jobs.yaml").write_text(yaml.safe_dump({"jobs": [job], "federation": limits}))
-    return [parties.server(), *(start_site(parties, site) for site in SITES)]
-
-
-def start_site(parties: Parties, site: str) -> Any:
-    return parties.site(site, "--code", str(parties.folder / "train.py"))
+    parties.write_script_job(SCRIPT, workflow="swarm", rounds=ROUNDS)
+    return [parties.server(), *(parties.script_site(site) for site in SITES)]
 
 
 def finish(parties: Parties, processes: list[Any]) -> set[tuple[str, str]]:
@@ -71,17 +61,6 @@ def finish(parties: Parties, processes: list[Any]) -> set[tuple[str, str]]:
         assert process.wait(120) == 0, "\n".join(f"== {name}\n{parties.log(name)}" for name in ("server", *SITES))
     folders = [parties.folder / site / "swarm" / "swarm" for site in SITES]
     return {tuple(sha256_file(each / f"{name}.safetensors") for name in ("best", "last")) for each in folders}  # type: ignore[misc]
-
-
-def wait_for_round(parties: Parties, number: int) -> None:
-    path, deadline = parties.folder / "server" / "events.jsonl", time.monotonic() + 90
-    while True:
-        lines = path.read_text().splitlines() if path.exists() else []
-        found = [json.loads(line) for line in lines if line.endswith("}")]
-        if any(each["event"] == "round" and each["round"] >= number for each in found):
-            return
-        assert time.monotonic() < deadline, parties.log("server") + parties.log("site-1")
-        time.sleep(0.02)
 
 
 def expected() -> np.ndarray[Any, Any]:
@@ -107,12 +86,12 @@ def test_swarm_whose_server_and_a_site_are_killed_ends_with_the_model_of_an_unbr
         (parties.folder / site).mkdir()
 
     processes = start_all(parties)
-    wait_for_round(parties, 2)
+    parties.wait_for_event("round", "round", 2)
     processes[0].kill()
     processes[0].wait()
     processes[0] = parties.server()
-    wait_for_round(parties, 4)
+    parties.wait_for_event("round", "round", 4)
     processes[2].kill()
     processes[2].wait()
-    processes[2] = start_site(parties, "site-2")
+    processes[2] = parties.script_site("site-2")
     assert finish(parties, processes) == {unbroken}
