@@ -44,13 +44,15 @@ def compute(
             block = work.block(number)
             missing = []
             for pack, start, stop, seen in block.packs():
-                if first <= start < last and parts.holds(start, stop):
-                    advance(seen)
-                elif first <= start < last:
-                    missing.append((pack, start, seen))
-            vectors = inference.packs(block.sequences, block.plan, [pack for pack, *_ in missing])
-            for (_, start, seen), rows in zip(missing, vectors, strict=True):
-                parts.append(start, rows)
+                if first <= start < last:
+                    if parts.holds(start, stop):
+                        advance(seen)
+                    else:
+                        missing.append((pack, start, seen))
+            numbers = [pack for pack, *_ in missing]
+            computed = inference.packs(block.sequences, block.plan, numbers)
+            for (_, start, seen), vectors in zip(missing, computed, strict=True):
+                parts.append(start, vectors)
                 advance(seen)
     except KeyboardInterrupt:
         parts.flush()

@@ -18,17 +18,18 @@ from numpy.typing import NDArray
 
 from fedbio.compartments import COMPARTMENTS
 from fedbio.embeddings import RESIDUES
-from fedbio.encoder.packs import ENDS, Plan
+from fedbio.encoder.packs import ENDS
 from fedbio.encoder.room import disk_bytes
 from fedbio.encoder.setup import EncoderChoice, Setup
-from fedbio.encoder.source import TEMPORARY_BYTES, Residues, Source, StrPath
+from fedbio.encoder.source import TEMPORARY_BYTES, Source, StrPath
 from fedbio.encoder.work import Work, count_residues
 from fedbio.encoder.workers import choose_devices
 from fedbio.results import EncoderInfo
 from fedbio.weights import EncoderConfig
 
-_SAMPLE_PACKS = 5
-_SAMPLE_SECONDS = 20.0
+_SAMPLE_BLOCKS = 2
+_SAMPLE_PACKS = 8
+_SAMPLE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -117,28 +118,23 @@ def estimate_file(
 def _measure(setup: Setup, work: Work) -> float:
     """Return the seconds that all packs would take on one device."""
     inference = setup.inference()
-    inference.pack(*_pack(work, 0, 0.0))  # warms up, and holds the most memory
     done = seconds = 0.0
-    blocks = np.unique(np.linspace(0, len(work.borders) - 2, _SAMPLE_PACKS).astype(int))
-    # from the longest to the shortest pieces of blocks from the first to the last
-    for number, share in zip(np.resize(blocks, _SAMPLE_PACKS).tolist(), np.linspace(0, 1, _SAMPLE_PACKS), strict=True):
-        sequences, plan, pack = _pack(work, number, float(share))
+    for number in np.unique(np.linspace(0, len(work.borders) - 2, _SAMPLE_BLOCKS).astype(int)).tolist():
+        block = work.block(number)
+        plan, count = block.plan, len(block.plan.packs) - 1
+        inference.pack(block.sequences, plan, 0)  # warms up, and holds the most memory
+        # from the longest pieces to the shortest
+        packs = np.unique(np.linspace(0, count - 1, _SAMPLE_PACKS).astype(int)).tolist()
         begun = time.perf_counter()
-        inference.pack(sequences, plan, pack)
+        for pack, _ in zip(packs, inference.packs(block.sequences, plan, packs), strict=True):
+            done += _cost(setup.config, (plan.end - plan.begin)[plan.packs[pack] : plan.packs[pack + 1]])
+            if time.perf_counter() - begun > _SAMPLE_SECONDS:
+                break
         seconds += time.perf_counter() - begun
-        done += _cost(setup.config, (plan.end - plan.begin)[plan.packs[pack] : plan.packs[pack + 1]])
-        if seconds > _SAMPLE_SECONDS:
-            break
     lengths, longest = work.sequences.lengths, work.info.max_residues
     whole = _cost(setup.config, np.minimum(lengths, longest))
     more = int((work.pieces[lengths > longest] - 1).sum())
     return seconds * (whole + more * _cost(setup.config, np.array([longest]))) / done
-
-
-def _pack(work: Work, block: int, share: float) -> tuple[Residues, Plan, int]:
-    """Return what computing a pack takes: the one at this share of the way through its block."""
-    planned = work.block(block)
-    return planned.sequences, planned.plan, round(share * (len(planned.plan.packs) - 2))
 
 
 def _cost(config: EncoderConfig, residues: NDArray[Any]) -> float:

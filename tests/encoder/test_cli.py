@@ -30,7 +30,7 @@ def test_embed_and_show(
     assert main(["embeddings", "show", str(output)]) == 0
     shown = capsys.readouterr().out
     assert "2 proteins (2 distinct sequences), 205 residues, 5 to 200 each" in shown
-    assert "1 proteins longer than 128 residues were averaged over windows" in shown
+    assert "1 proteins longer than 128 residues were covered by windows" in shown
     assert main([*call, "--long", "cut"]) == 2
     assert "made with another encoder: long is 'window', not 'cut'" in capsys.readouterr().err
     assert main([*call, "--sha256", "0" * 64]) == 4
