@@ -242,7 +242,7 @@ def _lanes(threads: int) -> ThreadPoolExecutor:
 
     Notes
     -----
-    torch keeps the number of cores by thread, and when a thread first asks for it, gives it the number that was last set
+    torch keeps the number of cores by thread, and when a thread first asks for it, gives it the number last set
     by any. So each asks before it sets its own, and the caller sets that of threads that come later.
     """
     lanes = ThreadPoolExecutor(threads, "encoder")
