@@ -22,6 +22,9 @@ from fedbio.encoder.pretraining.masking import Masker
 SEED = 20_240_501
 """Of the sample and of the masks: the same in every run, whatever its own seed."""
 
+PACK_TOKENS = 8_192
+"""The most tokens in a pack, whatever a run learns with: masks are drawn pack by pack."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -70,17 +73,15 @@ class HeldOut:
     proteins : Proteins
     alphabet : str
     max_residues : int
-    budget : int
-        The most tokens in a pack.
     """
 
-    def __init__(self, proteins: Proteins, *, alphabet: str, max_residues: int, budget: int) -> None:
+    def __init__(self, proteins: Proteins, *, alphabet: str, max_residues: int) -> None:
         self._proteins, self._alphabet = proteins, alphabet
         # 80/10/10 like the model card, whatever the recipe trains with
         self._masker = Masker(alphabet, share=0.15, mask_token_share=0.8, random_share=0.1)
         begins, sizes = even_windows(np.diff(proteins.ends), max_residues)
         shuffled = np.random.Generator(np.random.Philox(SEED)).permutation(len(sizes))
-        self._begins, self._sizes, self._budget = begins[shuffled], sizes[shuffled], budget
+        self._begins, self._sizes = begins[shuffled], sizes[shuffled]
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -109,7 +110,7 @@ class HeldOut:
         if most_residues is not None:
             count = max(1, int(np.searchsorted(np.cumsum(self._sizes), most_residues, side="right")))
         sizes = self._sizes[:count]
-        order, borders = pack_order(sizes, self._budget)
+        order, borders = pack_order(sizes, PACK_TOKENS)
         sums = torch.zeros(3, dtype=torch.float64)
         for number in range(share[0], len(borders) - 1, share[1]):
             pieces = order[borders[number] : borders[number + 1]]

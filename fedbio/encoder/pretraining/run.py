@@ -191,12 +191,7 @@ class _Run:
             budget=self.recipe.pack_tokens,
             seed=self.recipe.seed,
         )
-        self.held_out = HeldOut(
-            self.corpus.valid,
-            alphabet=config.alphabet,
-            max_residues=config.max_residues,
-            budget=self.recipe.pack_tokens,
-        )
+        self.held_out = HeldOut(self.corpus.valid, alphabet=config.alphabet, max_residues=config.max_residues)
         self.share = (self.processes.rank, self.processes.world)
         self.first = self.processes.rank == 0
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedbio.encoder.pretraining import perplexity
 from fedbio.encoder.pretraining.corpus import Inputs, corpus_of
 from fedbio.encoder.pretraining.perplexity import HeldOut, even_windows
 from fedbio.encoder.pretraining.recipe import Recipe
@@ -18,10 +19,10 @@ from .conftest import learner_of, write_proteins
 RECIPE = Recipe(steps=10, average="none", dtype="float32")
 
 
-def held_out(tmp_path: Path, budget: int = 256) -> HeldOut:
+def held_out(tmp_path: Path) -> HeldOut:
     path = write_proteins(tmp_path / "p.fasta", [40, 64, 65, 700, 129, 12])
-    proteins = corpus_of(tmp_path / f"corpus{budget}", Inputs(sources=[path], valid_fraction=0.0)).train
-    return HeldOut(proteins, alphabet="esm1nv", max_residues=64, budget=budget)
+    proteins = corpus_of(tmp_path / "corpus", Inputs(sources=[path], valid_fraction=0.0)).train
+    return HeldOut(proteins, alphabet="esm1nv", max_residues=64)
 
 
 def test_windows_hold_each_residue_once_and_are_as_even_as_can_be() -> None:
@@ -33,7 +34,10 @@ def test_windows_hold_each_residue_once_and_are_as_even_as_can_be() -> None:
     assert sizes.max() <= 64
 
 
-def test_all_residues_are_measured_and_two_processes_measure_the_same(tmp_path: Path) -> None:
+def test_all_residues_are_measured_and_two_processes_measure_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perplexity, "PACK_TOKENS", 256)  # several packs
     learner, whole = learner_of(RECIPE), held_out(tmp_path)
     alone = whole.measure(learner)
     assert alone.residues == 1_010
