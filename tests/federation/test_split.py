@@ -30,8 +30,8 @@ from fedbio.federation.split_site import SplitSite
 from fedbio.settings import JobsFile
 from fedbio.tensors import open_file
 from fedbio.transport import Opening, Received
-from fedbio.transport.receiver import Receiver
 from fedbio.transport.objects import Announcement, object_chunks
+from fedbio.transport.receiver import Receiver
 
 BOTTOM, TOP = "site-1", "site-2"
 ROWS, WIDTH, CLASSES, SEED = 50, 6, 3, 7
