@@ -211,7 +211,8 @@ class FlatFile:
                 "is it of another sequence, or cut?"
             )
         if rows == 1:
-            return next(self._blocks(key, item))[0]
+            whole: NDArray[np.float32] = next(self._blocks(key, item))[0]
+            return whole
         total = np.zeros(self.width)
         for block in self._blocks(key, item):
             total += block.sum(axis=0, dtype=np.float64)

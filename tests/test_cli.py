@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,15 @@ def test_a_server_address_without_a_port_is_refused(tmp_path: Path) -> None:
     result = fedbio("site", "--kit", "kit", "--data", "a.fasta", "-o", str(tmp_path), "--server", "fed.example.org")
     assert result.returncode == 2
     assert "expected HOST:PORT" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["data", "demo", "--help"], ["settings", "schema", "jobs"]])
+def test_reader_who_has_enough_ends_a_command_quietly(arguments: list[str]) -> None:
+    # the reader has gone before the first line
+    receiving, sending = os.pipe()
+    os.close(receiving)
+    done = subprocess.run(
+        [sys.executable, "-m", "fedbio", *arguments], stdout=sending, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(sending)
+    assert (done.returncode, done.stderr) == (0, "")

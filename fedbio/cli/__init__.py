@@ -75,6 +75,8 @@ def _guarded(module: ModuleType, args: argparse.Namespace) -> int:
         return _fail(args, error.exit_code, "\n".join([str(error), *getattr(error, "__notes__", ())]))
     except KeyboardInterrupt:
         return _fail(args, 130, "stopped; the same command goes on from here")
+    except BrokenPipeError:
+        raise  # who reads our output has enough of it
     except OSError as error:
         # a missing file, a closed folder or a full disk is this machine's matter, not a bug of ours
         if args.debug or error.errno not in _MACHINE_ERRORS:
