@@ -61,7 +61,7 @@ def test_proteins_beyond_the_memory_are_refused() -> None:
     check_memory(1_000_000, 10**9, None)
     check_memory(1_000_000, 10**9, 1_200_000_000)
     expected = (
-        r"memory of 1,144 MiB: 10,000,000 proteins take about 1,9\d\d MiB; allow that much \(--memory\), or divide"
+        r"memory of 1,144 MiB: 10,000,000 proteins take about 2,3\d\d MiB; allow that much \(--memory\), or divide"
     )
     with pytest.raises(MachineError, match=expected):
         check_memory(10_000_000, 10**9, 1_200_000_000)
