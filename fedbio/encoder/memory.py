@@ -14,7 +14,7 @@ from fedbio.weights import EncoderConfig
 BASE_BYTES = 450 * 2**20
 """Python, torch, HDF5, and rows on their way to the disk; measured by ``benchmarks/embed_memory.py``."""
 PROTEIN_BYTES = 150
-"""What each protein adds to the peak: where its sequence is, which it equals, where its rows are; measured by the same."""
+"""What each protein adds to the peak (where its sequence, its twin and its rows are); measured by the same."""
 _HEAD_PROTEINS = 65_536
 """Proteins that every run has room for: those of a block while it is planned."""
 
