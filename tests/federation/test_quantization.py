@@ -120,7 +120,7 @@ def test_answer_in_a_scheme_that_was_not_agreed_is_refused(federation: Any, agre
         def pack(self, tensors: Any, scheme: Any = None, **options: Any) -> Any:
             return super().pack(tensors, "nf4", **options)
 
-    headstrong._packer = Always()
+    headstrong._answers._packer = Always()
     with pytest.raises(
         FederationError,
         match=rf"site-3: failed: .*result was not accepted: .*quantized as 'nf4'; accepted here: {accepted}",
