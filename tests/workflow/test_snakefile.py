@@ -90,6 +90,17 @@ def test_data_set_that_is_misspelt_is_refused_before_any_rule(tmp_path: Path) ->
     assert "config.yaml: dataset: data/mine.fasta: no such file; check the path" in output
 
 
+def test_command_that_fails_fails_its_rule_at_once(tmp_path: Path) -> None:
+    (tmp_path / "wrong.fasta").write_text(">P1 TARGET=Nucleus SET=train\nMK7LA\n")
+    write_yaml(tmp_path / "config.yaml", {"dataset": "wrong.fasta"})
+    process = snakemake(tmp_path, "--configfile", "config.yaml")
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode != 0
+    assert "wrong.fasta:2" in output or "wrong.fasta:1" in output
+    assert "non-zero exit status 2" in output
+    assert "filesystem latency" not in output
+
+
 @pytest.mark.slow
 def test_four_parties_each_with_its_own_snakemake_sites_first(
     tmp_path: Path, small_encoder: Path, free_port: int

@@ -10,8 +10,10 @@ from fedbio.errors import SettingsError
 from fedbio.settings import check_party
 from fedbio.settings_files import read_yaml
 
-# the rules call the `fedbio` that is installed beside this Snakemake, activated or not
-shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
+# the rules call the `fedbio` that is installed beside this Snakemake, activated or not; a prefix replaces Snakemake's
+# own, without which a command that fails before `| tee` would pass for done
+beside = shlex.quote(str(Path(sys.executable).parent))
+shell.prefix(f"set -euo pipefail; export PATH={beside}:$PATH; ")
 
 settings_file = os.path.relpath(workflow.configfiles[0])
 
