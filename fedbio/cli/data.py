@@ -177,6 +177,10 @@ def _print_description(found: dict[str, Any]) -> None:
         _print_table(("location", *PARTS), [*rows, ("all", *(sum(row[i] for row in rows) for i in (1, 2, 3)))])
     if found["unlabelled"]:
         print(f"without a label: {found['unlabelled']:,}")
+    if not found["classes"]:
+        print("no label at all: these proteins can be embedded and predicted, but not trained on (docs/data.md)")
+    elif not any(counts["test"] for counts in found["classes"].values()):
+        print("no test set: a fifth is drawn where these proteins are dealt out to sites; SET=test marks your own")
     if found["unusual"]:
         print("unusual residues: " + ", ".join(f"{letter} {number:,}" for letter, number in found["unusual"].items()))
     for title in ("accepted", "skipped"):

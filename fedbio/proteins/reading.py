@@ -155,7 +155,7 @@ def _records(lines: Iterator[Line], path: str | os.PathLike[str], counts: ReadCo
 
         return annotated_records(lines, first.text, path, counts)
     if any(mark in first.text for mark in ",;\t") or first.text.strip().lower() == "sequence":
-        return table_records(lines, path)
+        return table_records(lines, path, counts=counts)
     if re.fullmatch(r"[A-Za-z*\s-]+", first.text):
         raise FormatError(
             f"{path}:{first.number}: a sequence without a header before it; a FASTA record begins with '>' and an id"

@@ -19,6 +19,9 @@ csv.field_size_limit(2**31 - 1)
 PROTEINS, LABELS = ("sequence",), ("id", "target")
 """The columns that a table of each kind needs."""
 
+LIKE_TARGET = {"class", "compartment", "label", "localisation", "localization", "location", "subcellular location"}
+"""Names of a column that others use for what is ``target`` here."""
+
 _FORMS = {
     PROTEINS: "a table needs the columns sequence, target, set and validation "
     "(FLIP's form, with id if there are names)",
@@ -27,7 +30,11 @@ _FORMS = {
 
 
 def table_records(
-    lines: Iterator[Line], path: str | os.PathLike[str], *, needs: tuple[str, ...] = PROTEINS
+    lines: Iterator[Line],
+    path: str | os.PathLike[str],
+    *,
+    needs: tuple[str, ...] = PROTEINS,
+    counts: ReadCounts | None = None,
 ) -> Iterator[Record]:
     """Yield one raw record per row of a table with a header line.
 
@@ -39,6 +46,8 @@ def table_records(
     needs : tuple of str
         Columns without which the table is refused: `PROTEINS` or `LABELS`. Read are ``id``, ``sequence``, ``target``,
         ``set`` and ``validation``, in any order and any case; others are passed over.
+    counts : ReadCounts, optional
+        Told of a column that may have been meant for ``target``.
 
     Notes
     -----
@@ -52,6 +61,9 @@ def table_records(
             raise FormatError(
                 f"{path}:1: no column {name!r} among {', '.join(repr(column) for column in header)}; " + _FORMS[needs]
             )
+    if counts is not None and "target" not in columns:
+        for name in sorted(LIKE_TARGET.intersection(columns)):
+            counts.accepted[f"tables whose column {name!r} is passed over: labels stand in a column 'target'"] += 1
 
     def cell(row: Sequence[str], name: str) -> str | None:
         position = columns.get(name)

@@ -63,6 +63,22 @@ def test_check_describes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     }
 
 
+def test_check_says_what_a_table_without_labels_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "proteins.csv"
+    table.write_text("id,sequence,location\nP1,MKVLAA,Nucleus\n")
+    assert main(["data", "check", str(table)]) == 0
+    said = capsys.readouterr().out
+    assert "no label at all: these proteins can be embedded and predicted, but not trained on" in said
+    assert "column 'location' is passed over: labels stand in a column 'target'" in said
+
+
+def test_check_says_that_a_test_set_will_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fasta = tmp_path / "proteins.fasta"
+    fasta.write_text(">P1 TARGET=Nucleus\nMKVLAA\n")
+    assert main(["data", "check", str(fasta)]) == 0
+    assert "no test set: a fifth is drawn" in capsys.readouterr().out
+
+
 def test_check_reports_all_wrong_records_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "proteins.fasta"
     path.write_bytes(b">A TARGET=Nuclues\nMK\n>B\nMK7\n>C\nMK\n")
