@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="esm1nv-mini", help="architecture and recipe: esm1nv-44m or esm1nv-mini")
     parser.add_argument("--from", dest="start", metavar="NAME_OR_PATH", help="encoder to start from, with its shape")
     parser.add_argument("--steps", type=int, metavar="N", help="length of the schedule in updates")
-    parser.add_argument("--tokens", type=float, metavar="N", help="the same in tokens, for example 1e9")
+    parser.add_argument("--tokens", type=_tokens, metavar="N", help="the same in tokens, for example 1e9")
     parser.add_argument("--minutes", type=float, metavar="N", help="stop after so long; the same command goes on")
     held_out = parser.add_mutually_exclusive_group()
     held_out.add_argument("--valid", nargs="+", type=Path, default=[], metavar="FASTA", help="held-out proteins")
@@ -137,12 +137,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not outcome.first:
         args.json = False  # one of several processes speaks for all
     elif not args.json:
-        measured = "" if outcome.perplexity is None else f", perplexity {outcome.perplexity:.2f}"
+        measured = ""
+        if outcome.perplexity is not None and outcome.finished:
+            measured = f", final perplexity {outcome.perplexity:.2f}"
+        elif outcome.perplexity is not None:
+            measured = f", perplexity {outcome.perplexity:.2f} (at update {outcome.perplexity_step:,})"
         print(
             f"{outcome.output}: {outcome.step:,} of {outcome.steps:,} updates, {outcome.tokens:,} tokens{measured}"
             + ("" if outcome.finished else "; the same command goes on")
         )
     return {**asdict(outcome), "output": str(outcome.output)}
+
+
+def _tokens(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a number such as 150e6, found {text!r}")
+    return number
 
 
 def _start(args: argparse.Namespace) -> Start:
@@ -155,8 +169,15 @@ def _start(args: argparse.Namespace) -> Start:
         return Start(_checked(msgspec.structs.asdict(PRESETS[args.preset].config) | given, EncoderConfig))
     if shape := sorted(given.keys() - {"name"}):
         raise SettingsError(f"--{shape[0].replace('_', '-')}: the encoder of --from has its own; leave it out")
-    from fedbio.encoder import load_encoder_weights
+    from fedbio.encoder import BUILT_IN, load_encoder_weights
+    from fedbio.encoder_names import find_encoder
 
+    path = find_encoder(args.start, built_in=BUILT_IN)
+    if path is not None and args.output.exists() and args.output.samefile(path):
+        raise SettingsError(
+            f"-o {args.output}: this is the encoder of --from, which would be replaced; name another folder, "
+            "or leave --from out to go on with the run in it"
+        )
     config, weights = load_encoder_weights(args.start, seed=args.seed)
     name = given.get("name", config.name)
     return Start(msgspec.structs.replace(config, name=name), weights, Path(args.start).name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Corpus", "CorpusFacts", "Proteins", "Source", "corpus_of"]
+__all__ = ["FACTS_FILE", "Corpus", "CorpusFacts", "Proteins", "Source", "corpus_of"]
 
 import hashlib
 import itertools
@@ -153,25 +153,31 @@ def _read_facts(path: Path) -> CorpusFacts:
 
 def _check_same(facts: CorpusFacts, inputs: Inputs, folder: Path) -> None:
     """Refuse to go on with another corpus than the run began with."""
-    before = {
-        "seed": facts.seed,
-        "valid_fraction": facts.valid_fraction,
-        "sources": [each.sha256 for each in facts.sources],
-        "valid": [each.sha256 for each in facts.valid_sources],
-        "exclude": [each.sha256 for each in facts.excluded_sources],
-    }
-    now = {
-        "seed": inputs.seed,
-        "valid_fraction": 0.0 if inputs.valid else inputs.valid_fraction,
-        "sources": [_source(path, known=facts.sources).sha256 for path in inputs.sources],
-        "valid": [_source(path, known=facts.valid_sources).sha256 for path in inputs.valid],
-        "exclude": [_source(path, known=facts.excluded_sources).sha256 for path in _excluding(inputs)],
-    }
-    if changes := changed_keys(before, now):
+    before = {"seed": facts.seed, "valid_fraction": facts.valid_fraction}
+    now = {"seed": inputs.seed, "valid_fraction": 0.0 if inputs.valid else inputs.valid_fraction}
+    changes = changed_keys(before, now)
+    for key, known, paths in (
+        ("sources", facts.sources, inputs.sources),
+        ("valid", facts.valid_sources, inputs.valid),
+        ("exclude", facts.excluded_sources, _excluding(inputs)),
+    ):
+        changes += _changed_files(key, known, [_source(path, known=known) for path in paths])
+    if changes:
         raise SettingsError(
-            f"{folder}: this run began with other proteins: {'; '.join(changes)}; "
-            "go on with the same, or choose another output folder"
+            f"{folder.parent}: this run began with other proteins: {'; '.join(changes)}; give the same files and "
+            "options to go on with it, or another folder with -o to begin anew"
         )
+
+
+def _changed_files(key: str, before: Sequence[Source], now: Sequence[Source]) -> list[str]:
+    """Say by their names which files were given and are given, if their contents differ."""
+    if [each.sha256 for each in before] == [each.sha256 for each in now]:
+        return []
+    names = [", ".join(each.name for each in files) or "none" for files in (before, now)]
+    if names[0] != names[1]:
+        return [f"{key} was {names[0]} and is {names[1]}"]
+    changed = [new.name for old, new in zip(before, now, strict=True) if old.sha256 != new.sha256]
+    return [f"{key} was {names[0]} and is of the same name, but the content of {', '.join(changed)} is another"]
 
 
 def _excluding(inputs: Inputs) -> list[Path]:

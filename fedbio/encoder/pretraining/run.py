@@ -23,7 +23,7 @@ from fedbio.encoder.pretraining.allocation import keep_freed_memory
 from fedbio.encoder.pretraining.batches import Packs
 from fedbio.encoder.pretraining.checkpoints import Progress as RunProgress
 from fedbio.encoder.pretraining.checkpoints import State, read_last, write_state
-from fedbio.encoder.pretraining.corpus import Corpus, Inputs, corpus_of
+from fedbio.encoder.pretraining.corpus import FACTS_FILE, Corpus, Inputs, corpus_of
 from fedbio.encoder.pretraining.feed import Portion, portions
 from fedbio.encoder.pretraining.learner import Learner, Update, first_weights
 from fedbio.encoder.pretraining.masking import Masker
@@ -101,6 +101,8 @@ class Outcome:
     tokens: int
     tokens_per_second: float
     perplexity: float | None
+    perplexity_step: int | None
+    """After how many updates it was measured; those after it are not in it."""
     weights_sha256: str
     first: bool = True
     """Whether this process is the one that speaks for all."""
@@ -125,7 +127,7 @@ def pretrain(
     Raises
     ------
     SettingsError
-        If the folder holds a run with other settings; the message names each.
+        If the folder holds a run with other settings, in which case the message names each, or no run but other files.
     KeyboardInterrupt
         After Ctrl-C, once the checkpoint is written.
     """
@@ -138,6 +140,7 @@ def pretrain(
         torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // processes.local_world))
         keep_freed_memory()
         if processes.rank == 0:
+            _refuse_foreign(output)
             output.mkdir(parents=True, exist_ok=True)
             stack.enter_context(exclusive_lock(output / ".lock", f"output folder {output}"))
             corpus = corpus_of(output / "corpus", inputs)
@@ -146,6 +149,20 @@ def pretrain(
             corpus = corpus_of(output / "corpus", inputs, build=False)
         run = _Run(output, corpus, start, recipe_for(corpus), options, processes, device)
         return run.go(begun)
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Refuse a folder that holds something, and no run to go on with: what lies there is not to be replaced."""
+    if output.exists() and not output.is_dir():
+        raise SettingsError(f"-o {output}: is a file; name a folder for the encoder")
+    if (output / "corpus" / FACTS_FILE).is_file() or any(output.glob("checkpoints/step-*.safetensors")):
+        return
+    # a run that was killed while it packed its proteins has left hidden names only
+    if found := sorted(each.name for each in output.glob("*") if not each.name.startswith(".")):
+        raise SettingsError(
+            f"-o {output}: the folder holds {found[0]}{' and more' if len(found) > 1 else ''}, and is not one that "
+            "fedbio pretrain goes on with (no corpus/, no checkpoints/); name a new or an empty folder"
+        )
 
 
 @dataclass
@@ -242,6 +259,7 @@ class _Run:
             self.progress.tokens,
             (self.progress.tokens - tokens_before) / seconds if seconds else 0.0,
             self.progress.curve[-1]["perplexity"] if self.progress.curve else None,
+            self.progress.curve[-1]["step"] if self.progress.curve else None,
             digest,
             self.first,
         )

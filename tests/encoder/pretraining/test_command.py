@@ -217,3 +217,82 @@ def test_tensorboard_gets_what_the_lines_say(command: Command, tmp_path: Path) -
     assert sorted(losses) == [4, 8, 12]
     shown = {event.step: event.value for event in events.Scalars("loss")}
     assert shown == pytest.approx(losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "jobs.md"])
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("not ours")
+    assert main(command()) == 2
+    message = capsys.readouterr().err
+    assert f"the folder holds {name}, and is not one that fedbio pretrain goes on with" in message
+    assert "name a new or an empty folder" in message
+    assert [(each.name, each.read_text()) for each in (tmp_path / "out").iterdir()] == [(name, "not ours")]
+
+
+def test_a_file_is_no_output_folder(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("not ours")
+    assert main(command()) == 2
+    assert "out: is a file; name a folder for the encoder" in capsys.readouterr().err
+
+
+def test_what_a_run_that_was_killed_while_packing_leaves_is_gone_on_with(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "out" / ".corpus.part").mkdir(parents=True)
+    (tmp_path / "out" / ".lock").touch()
+    assert main(command("--minutes", "1e-9")) == 0
+
+
+def test_the_encoder_that_is_started_from_is_not_replaced(
+    command: Command, proteins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command("--minutes", "1e-9")) == 0
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for output in ("out", "link"):
+        call = ["pretrain", str(proteins), "-o", str(tmp_path / output), "--from", str(tmp_path / "out")]
+        assert main(call) == 2
+        assert f"{output}: this is the encoder of --from, which would be replaced" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_the_summary_says_at_which_update_the_perplexity_was_measured(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command("--minutes", "1e-9")) == 0
+    assert "1 of 12 updates" in (said := capsys.readouterr().out)
+    assert "(at update 0); the same command goes on" in said
+    assert main([*command("--minutes", "1e-9", "--json")]) == 0
+    assert result(capsys)["perplexity_step"] == 0
+    assert main(command()) == 0
+    said = capsys.readouterr().out
+    assert ", final perplexity " in said
+    assert "at update" not in said
+    assert main([*command("--json")]) == 0
+    assert result(capsys)["perplexity_step"] == 12
+
+
+def test_other_proteins_are_refused_by_the_names_of_their_files(
+    command: Command, proteins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command("--minutes", "1e-9")) == 0
+    other = write_proteins(tmp_path / "other.fasta", [30] * 20, seed=1)
+    call = command()
+    call[1] = str(other)
+    assert main(call) == 2
+    message = capsys.readouterr().err
+    assert "sources was proteins.fasta and is other.fasta; give the same files and options to go on" in message
+    proteins.write_bytes(other.read_bytes())
+    assert main(command()) == 2
+    assert "the content of proteins.fasta is another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokens", ["150M", "inf"])
+def test_tokens_that_are_no_number_are_refused_with_an_example(
+    command: Command, capsys: pytest.CaptureFixture[str], tokens: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(command("--tokens", tokens))
+    assert caught.value.code == 2
+    assert f"argument --tokens: expected a number such as 150e6, found '{tokens}'" in capsys.readouterr().err
