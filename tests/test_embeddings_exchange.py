@@ -267,3 +267,33 @@ def test_command_chooses_the_form_by_what_it_is_given(tmp_path: Path, capsys: py
     assert "flat.h5: has one dataset per protein; convert it to our form first (--to fedbio)" in capsys.readouterr().err
     assert main(["embeddings", "convert", str(source), "-o", str(tmp_path / "c.h5"), "--to", "fedbio"]) == 2
     assert "a.h5: is in our form already; choose another one with --to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard", "same"])
+def test_command_does_not_replace_its_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], link: str) -> None:
+    source = store(tmp_path / "a.h5", {"Q1": "MK"})
+    before = sha256_file(source)
+    output = source if link == "same" else tmp_path / "b.h5"
+    if link == "symbolic":
+        output.symlink_to(source)
+    elif link == "hard":
+        output.hardlink_to(source)
+    for call in (["convert", str(source)], ["merge", str(source)]):
+        assert main(["embeddings", *call, "-o", str(output)]) == 2
+        assert f"-o {output}: this is {source}, which is read; name another file" in capsys.readouterr().err
+    assert sha256_file(source) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("m.csv", "the ending '.csv' stands for no known form"), ("m", "no ending")]
+)
+def test_command_refuses_an_ending_that_it_does_not_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, what: str
+) -> None:
+    source, output = store(tmp_path / "a.h5", {"Q1": "MK"}), tmp_path / name
+    assert main(["embeddings", "convert", str(source), "-o", str(output)]) == 2
+    message = capsys.readouterr().err
+    assert what in message
+    assert "end it in .h5, .hdf5, .npy, .parquet, or say the form with --to" in message
+    assert not output.exists()
+    assert main(["embeddings", "convert", str(source), "-o", str(output), "--to", "bio_embeddings"]) == 0

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from fedbio.errors import DataError
+from fedbio.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
     from fedbio.embeddings_exchange import Form
@@ -19,6 +19,9 @@ EXAMPLE = """fedbio embeddings show proteins.h5
   fedbio embeddings merge part-1.h5 part-2.h5 -o all.h5 --like all.fasta
   fedbio embeddings convert proteins.h5 -o proteins.npy
   fedbio embeddings convert per-protein.h5 -o proteins.h5 --proteins proteins.fasta --encoder-name prot_t5"""
+
+ENDINGS = {".h5": "", ".hdf5": "", ".npy": "npy", ".parquet": "parquet"}
+"""Form of an output by its ending; HDF5 has several, of which the input decides."""
 
 TARGETS = ("fedbio", "uniprot", "bio_embeddings", "biotrainer", "npy", "parquet")
 
@@ -45,9 +48,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 _CONVERT = """Convert our file into the form of another tool, or another tool's file with one dataset per protein into
-ours. Without --to an output that ends in .npy or .parquet becomes that; otherwise our file becomes uniprot's form,
-and any other ours. Another tool's file needs --encoder-name and --proteins, whose proteins and order the result has;
-biotrainer's form needs --proteins."""
+ours. Without --to an output that ends in .npy or .parquet becomes that; one in .h5 or .hdf5 becomes uniprot's form
+if FILE is ours, else ours. Another tool's file needs --encoder-name and --proteins, whose proteins and order the
+result has; biotrainer's form needs --proteins."""
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -98,6 +101,7 @@ def _merge(args: argparse.Namespace) -> dict[str, Any]:
 
     from fedbio.embeddings_merge import merge
 
+    _refuse_inputs(args, [*args.files, args.like])
     report = merge(args.files, args.output, like=_proteins(args.like))
     return _made(args, **asdict(report))
 
@@ -107,9 +111,13 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
     from fedbio.embeddings_flat import is_flat
     from fedbio.embeddings_tables import to_npy, to_parquet
 
+    _refuse_inputs(args, [args.file, args.proteins])
+    ending = args.output.suffix.lower()
+    if args.to is None and ending not in ENDINGS:
+        found = f"the ending {ending!r} stands for no known form" if ending else "it has no ending"
+        raise SettingsError(f"-o {args.output}: {found}; end it in {', '.join(ENDINGS)}, or say the form with --to")
     flat = is_flat(args.file)
-    ending = args.output.suffix.lower().removeprefix(".")
-    to = args.to or (ending if ending in ("npy", "parquet") else "fedbio" if flat else "uniprot")
+    to = args.to or ENDINGS[ending] or ("fedbio" if flat else "uniprot")
     if flat and to != "fedbio":
         raise DataError(f"{args.file}: has one dataset per protein; convert it to our form first (--to fedbio)")
     if to == "fedbio" and not flat:
@@ -123,6 +131,14 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
         info = _foreign_encoder(args.encoder_name) if args.encoder_name else None
         return _made(args, from_flat(args.file, args.output, info=info, proteins=_proteins(args.proteins)))
     return _made(args, to_flat(args.file, args.output, cast("Form", to), proteins=_proteins(args.proteins)))
+
+
+def _refuse_inputs(args: argparse.Namespace, inputs: list[Path | None]) -> None:
+    """Refuse an output that is one of the files that are read, under this name or another."""
+    output: Path = args.output
+    for each in inputs:
+        if each is not None and each.exists() and output.exists() and output.samefile(each):
+            raise SettingsError(f"-o {output}: this is {each}, which is read; name another file for the result")
 
 
 def _proteins(path: Path | None) -> Proteins | None:
