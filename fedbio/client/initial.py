@@ -5,7 +5,7 @@ Or in a process of its own, for a script that does not run: ``python -m fedbio.c
 
 from __future__ import annotations
 
-__all__ = ["answer_with_initial", "initial_params", "made_apart"]
+__all__ = ["SAID_AS", "MissingFunctionError", "answer_with_initial", "initial_params", "made_apart"]
 
 import contextlib
 import importlib.util
@@ -24,6 +24,17 @@ TORCH_SEED = 67280421310721
 """With which torch begins, ``c10::detail::default_rng_seed_val`` in c10/core/GeneratorImpl.h."""
 
 
+SAID_AS = "client.initial: "
+"""What the line begins with that says why a script's function could not be called."""
+
+
+class MissingFunctionError(Exception):
+    """A file lacks the function that is to make the initial model; where this was found tells its author nothing."""
+
+    def __str__(self) -> str:
+        return f"{SAID_AS}{super().__str__()}"
+
+
 def initial_params(file: Path, function: str) -> Any:
     """Return the parameters that a function of a file returns.
 
@@ -36,15 +47,25 @@ def initial_params(file: Path, function: str) -> Any:
 
     Raises
     ------
-    TypeError, AttributeError
-        If there is no such function, or it returns something else.
+    MissingFunctionError
+        If there is no such function; the message names those that there are.
+    TypeError
+        If it returns something else.
     """
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = getattr(module, function)()
+    make = getattr(module, function, None)
+    if not callable(make):
+        own = [
+            name
+            for name, value in vars(module).items()
+            if callable(value) and getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
+        ]
+        raise MissingFunctionError(f"{file.name} has no function {function}; it has {', '.join(own) or 'none'}")
+    found = make()
     if isinstance(found, FLModel):
         return found.params
     if callable(getattr(found, "state_dict", None)):
@@ -78,10 +99,20 @@ def made_apart(initial: str) -> Callable[[], FLModel]:
     file, _, function = initial.rpartition(":")
 
     def make() -> FLModel:
-        with same_random_numbers():
+        with _missing_said(), same_random_numbers():
             return FLModel(params=initial_params(Path(file), function))
 
     return make
+
+
+@contextlib.contextmanager
+def _missing_said() -> Iterator[None]:
+    """End this process with a line instead of a traceback if the function is missing."""
+    try:
+        yield
+    except MissingFunctionError as error:
+        print(error, file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
 
 
 @contextlib.contextmanager
@@ -107,4 +138,5 @@ def same_random_numbers() -> Iterator[None]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(sys.argv[1]).resolve().parent))
-    answer_with_initial(Path(sys.argv[1]), sys.argv[2])
+    with _missing_said():
+        answer_with_initial(Path(sys.argv[1]), sys.argv[2])

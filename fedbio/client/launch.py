@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedbio.client.initial import SAID_AS, MissingFunctionError
 from fedbio.client.link import QueueLink
 from fedbio.client.session import leave, offer
 from fedbio.errors import FederationError
@@ -39,7 +40,7 @@ LOOK_EVERY_S = 0.05
 
 _TRACEBACK = "Traceback (most recent call last)"
 _RANK = re.compile(r"\[rank(\d+)\]:\s?")
-_UNREADABLE = ("SyntaxError", "IndentationError", "TabError")
+_WITHOUT_TRACEBACK = ("SyntaxError", "IndentationError", "TabError", SAID_AS)
 _CULPRIT, _NAMED_RANK = "Root Cause", re.compile(r"\s+rank\s*: (\d+)")
 
 
@@ -97,7 +98,7 @@ class Run(ABC):
                 # torchrun's own exception says nothing of the rank's
                 if "ChildFailedError" not in bare:
                     last = found[prefix.group(1) if prefix else ""] = bare
-            elif bare.startswith(_UNREADABLE):
+            elif bare.startswith(_WITHOUT_TRACEBACK):
                 last = bare
             at_fault |= line.startswith(_CULPRIT)
             if at_fault and (named := _NAMED_RANK.match(line)):
@@ -210,6 +211,10 @@ class RunningThread(Run):
             self._work()
         except SystemExit as ending:
             code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        except MissingFunctionError as error:
+            code = 1
+            with open(self.log, "a", encoding="utf-8") as log:
+                print(error, file=log)
         except BaseException:
             code = 1
             with open(self.log, "a", encoding="utf-8") as log:

@@ -128,9 +128,12 @@ class _Conversation:
 
     def failure(self, what: str) -> FederationError:
         """Return the error of a script; its last lines stay in this site's log."""
-        lines = "\n".join(f"  {line}" for line in self.run.last_lines())
+        shown, last = self.run.exception(), self.run.last_lines()
+        if last == [shown]:
+            # nothing but what the error says
+            return FederationError(f"the script {what}: {shown}")
+        lines = "\n".join(f"  {line}" for line in last)
         log.error("the script %s; its last lines (%s):\n%s", what, self.run.log, lines)
-        shown = self.run.exception()
         return FederationError(f"the script {what}{': ' if shown else ''}{shown}; the site's log has its last lines")
 
 

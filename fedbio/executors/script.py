@@ -55,9 +55,15 @@ class Scripts:
         check_spec(job, spec)
         for each in spec.files:
             if not context.policy.allows_code(each.sha256, each.name):
+                refusal = f"the policy of {context.site} does not let {each.name} (SHA-256 {each.sha256}) run"
+                if each.name in context.policy.files:
+                    raise RefusedError(
+                        f"{refusal}: its operator has named a {each.name} with other content; let the operator read "
+                        "the job's file and put it in the place of that one, or add its SHA-256 to `code`"
+                    )
                 raise RefusedError(
-                    f"the policy of {context.site} does not let {each.name} (SHA-256 {each.sha256}) run; its operator "
-                    "can add the digest to `code` in the site's settings"
+                    f"{refusal}; let its operator read the file, and name it with --code {each.name} or add its "
+                    "SHA-256 to `code` in the site's settings"
                 )
         known = self._deployed.get(job)
         if known is not None and known.spec == spec:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 __all__ = ["ANY", "Policy"]
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -32,12 +32,15 @@ class Policy:
         SHA-256 digests of the files that may run here, or `ANY`; nothing runs by default.
     min_count : int
         No count below it leaves the site with a job of statistics.
+    files : mapping of str to str
+        SHA-256 digests in `code` by the name of the file that they were taken from.
     """
 
     workflows: tuple[str, ...] | None = None
     max_rounds: int | None = None
     code: frozenset[str] = frozenset()
     min_count: int = 1
+    files: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @classmethod
     def read(
@@ -48,8 +51,11 @@ class Policy:
         max_rounds: int | None,
         code: Iterable[str],
         min_count: int = 1,
+        files: Mapping[str, str] | None = None,
     ) -> Self:
         """Return the rules of a site's settings; a file in `folder` that they name stands for its present content.
+
+        `files` names the digests in `code` that were taken from files elsewhere.
 
         Raises
         ------
@@ -57,17 +63,19 @@ class Policy:
             If there is no such file.
         """
         digests = set()
+        known = dict(files or {})
         for entry in code:
             if entry == ANY or (len(entry) == 64 and set(entry) <= _DIGEST_LETTERS):
                 digests.add(entry)
             elif (folder / entry).is_file():
-                digests.add(sha256_file(folder / entry))
+                digests.add(digest := sha256_file(folder / entry))
+                known[entry] = digest
             else:
                 raise SettingsError(
                     f"code: there is no file {entry} in {folder}; give the name of a file there, a SHA-256 of 64 "
                     f"hexadecimal digits, or {ANY}"
                 )
-        return cls(None if workflows is None else tuple(workflows), max_rounds, frozenset(digests), min_count)
+        return cls(None if workflows is None else tuple(workflows), max_rounds, frozenset(digests), min_count, known)
 
     def allows_code(self, sha256: str, name: str) -> bool:
         """Whether a file may run here; `name` is only what the server calls it, its content decides."""

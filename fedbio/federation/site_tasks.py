@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Tasks"]
 
 import logging
+import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from fedbio.federation.party import Party
 from fedbio.federation.policy import Policy
 
 log = logging.getLogger(__name__)
+
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
 @dataclass(kw_only=True)
@@ -79,7 +82,8 @@ class Tasks:
         if executor is None:
             return f"this site's fedbio {__version__} knows no task {task.name!r}"
         if executor.kind not in self.allow:
-            return f"the policy of {site} does not allow {executor.kind!r} (allowed: {', '.join(self.allow)})"
+            refusal = f"the policy of {site} does not allow {executor.kind!r} (allowed: {', '.join(self.allow)})"
+            return f"{refusal}; {_how_code_is_allowed(task)}" if executor.kind == "code" else refusal
         if task.answer_scheme not in (None, *self.quantization):
             allowed = ", ".join(self.quantization) or "none"
             return f"the policy of {site} lets no model leave as {task.answer_scheme} (allowed: {allowed})"
@@ -94,6 +98,18 @@ class Tasks:
             return model
         held = self.held.model(model.held, model.current_round)
         return msgspec.structs.replace(model, params={**model.params, **held})
+
+
+def _how_code_is_allowed(task: Task) -> str:
+    """Say what the site's operator does, with the names of the task's files where they are plain names."""
+    sent = task.model.meta.get("files")
+    each = [one.get("name") if isinstance(one, Mapping) else one for one in sent] if isinstance(sent, list) else []
+    names = [name for name in each if isinstance(name, str) and _PLAIN.fullmatch(name)] or ["FILE"]
+    options = " ".join(f"--code {name}" for name in names)
+    return (
+        f"to let it run, its operator reads {' and '.join(names)}, and names {'it' if len(names) == 1 else 'them'} with {options}, or in site.yaml with "
+        f"`allow: [..., code]` and `code: [{', '.join(names)}]`"
+    )
 
 
 def _for_the_server(error: FedbioError) -> str:

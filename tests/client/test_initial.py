@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from fedbio.client.initial import TORCH_SEED, made_apart
@@ -45,3 +46,13 @@ def test_a_script_draws_what_it_would_have_drawn_without_the_initial_model(tmp_p
 
 def test_torch_begins_with_the_seed_that_is_put_back_where_the_model_has_loaded_it() -> None:
     assert torch.Generator().initial_seed() == TORCH_SEED
+
+
+def test_missing_function_ends_the_script_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.py").write_text("import os\n")
+    with pytest.raises(SystemExit) as caught:
+        made_apart(f"{tmp_path / 'model.py'}:net")()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "client.initial: model.py has no function net; it has none\n"

@@ -139,6 +139,26 @@ def test_initial_model_is_that_of_the_function(site: ScriptSite, launch: str) ->
 
 
 @BOTH
+def test_missing_function_of_the_initial_model_is_said_once_with_those_that_there_are(
+    site: ScriptSite, launch: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = """
+        from collections import OrderedDict
+
+        class Net: ...
+
+        def make(): ...
+
+        def _helper(): ...
+    """
+    site.deploy(script, initial="train.py:made", launch=launch)
+    with pytest.raises(FederationError, match=r": client\.initial: train\.py has no function made; it has Net, make$"):
+        site.initialize()
+    assert "Traceback" not in site.log + caplog.text
+    assert "has no function" not in caplog.text
+
+
+@BOTH
 def test_script_that_trains_while_it_is_imported_is_told_so(site: ScriptSite, launch: str) -> None:
     site.deploy(ADD_ONE, initial="train.py:make", launch=launch)
     with pytest.raises(FederationError, match=r'put what trains under if __name__ == "__main__"'):
@@ -405,6 +425,13 @@ def test_code_that_the_operator_did_not_allow_does_not_run(site: ScriptSite) -> 
         site.deploy(ADD_ONE)
     with pytest.raises(FederationError, match="has to be deployed first"):
         site.train(ONES)
+
+
+def test_code_that_differs_from_the_file_that_the_operator_named_is_told_so(site: ScriptSite, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("pass\n")
+    site.context.policy = Policy.read(tmp_path, workflows=None, max_rounds=None, code=["train.py"])
+    with pytest.raises(RefusedError, match=r"run: its operator has named a train\.py with other content; let the"):
+        site.deploy(ADD_ONE)
 
 
 def test_default_site_takes_no_code() -> None:

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 
 from fedbio.errors import FederationError, MachineError, RefusedError
-from fedbio.federation import FLModel, ParamsType
+from fedbio.federation import FLModel, ParamsType, Task
+from fedbio.federation.executor import Executor
 from fedbio.federation.model import WEIGHT
+from fedbio.federation.policy import Policy
+from fedbio.federation.site_tasks import Tasks
 from fedbio.federation.state import Progress, State
 from fedbio.results import read_party
 
@@ -140,6 +143,24 @@ def test_refused_task_is_an_event_and_a_reply(federation: Any) -> None:
         with pytest.raises(FederationError):
             each.result(30)
     assert [each["task"] for each in events(federation.folder / "site-3", "task refused")] == ["train"]
+
+
+def test_refused_script_is_told_how_it_is_allowed() -> None:
+    class Taking(Executor):
+        kind = "code"
+
+        def execute(self, task: Task, model: FLModel, context: Any) -> FLModel:
+            raise AssertionError
+
+    task = Task(name="client/deploy", model=FLModel(meta={"files": [{"name": "train.py"}, {"name": "../net.py"}]}))
+    tasks = Tasks(
+        executors={}, allow=["embed", "train"], quantization=(), policy=Policy(), incoming=None, outgoing=None,
+        prepare=None, party=None, held=None,
+    )  # fmt: skip
+    assert tasks._refusal(task, Taking(), "site-3") == (
+        "the policy of site-3 does not allow 'code' (allowed: embed, train); to let it run, its operator reads "
+        "train.py, and names it with --code train.py, or in site.yaml with `allow: [..., code]` and `code: [train.py]`"
+    )
 
 
 def test_few_proteins_abstain_with_weight_zero(federation: Any) -> None:
