@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ALWAYS_UNSURE", "choose_threshold", "confidence_counts", "is_unsure"]
+__all__ = ["ALWAYS_UNSURE", "choose_threshold", "confidence_counts", "is_unsure", "meaning"]
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,3 +61,16 @@ def is_unsure(probabilities: NDArray[np.float32], threshold: float) -> NDArray[n
         return np.ones(len(probabilities), dtype=np.bool_)
     flags: NDArray[np.bool_] = probabilities.max(axis=1) < threshold
     return flags
+
+
+def meaning(threshold: float) -> str:
+    """Say which predictions are flagged, and why these."""
+    if threshold >= ALWAYS_UNSURE:
+        return (
+            f"all are flagged: the model has no threshold above which at least {ACCURACY:.0%} of {LEAST} or more "
+            "validation proteins were predicted correctly"
+        )
+    return (
+        f"the highest probability is below {threshold:.2f}; the threshold is the model's, chosen so that "
+        f"at least {ACCURACY:.0%} of the validation proteins at or above it were predicted correctly"
+    )

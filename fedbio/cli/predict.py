@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Embed where that is needed, predict, and say how many predictions are unsure."""
     from fedbio.classifier.model_files import load_model
     from fedbio.classifier.predictions import predict_file
+    from fedbio.classifier.unsure import meaning
 
     if args.output.resolve() == args.source.resolve():
         raise SettingsError(f"-o {args.output}: this is the file of proteins; name another file for the predictions")
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print(
             f"{args.output}: {report.proteins:,} proteins, {report.unsure:,} of them unsure "
-            f"(highest probability below {model.card.unsure_below:g})"
+            f"({meaning(model.card.unsure_below)})"
         )
         if not trained_with.trained:
             print(f"The encoder {trained_with.name} is untrained: its weights are random numbers from a seed.")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedbio.classifier import choose_threshold, confidence_counts
-from fedbio.classifier.unsure import is_unsure
+from fedbio.classifier.unsure import is_unsure, meaning
 
 
 def _probabilities(tops: list[float]) -> np.ndarray:
@@ -44,3 +44,11 @@ def test_a_few_validation_proteins_prove_nothing() -> None:
 def test_a_model_that_is_always_right_is_never_unsure() -> None:
     probabilities = _probabilities([0.6] * 10)
     assert choose_threshold(confidence_counts(probabilities, np.zeros(10, dtype=np.int64))) == 0.0
+
+
+def test_the_flag_is_explained() -> None:
+    assert meaning(1.0) == (
+        "all are flagged: the model has no threshold above which at least 80% of 10 or more validation proteins were "
+        "predicted correctly"
+    )
+    assert meaning(0.56).startswith("the highest probability is below 0.56; ")
