@@ -105,10 +105,10 @@ def _how_code_is_allowed(task: Task) -> str:
     sent = task.model.meta.get("files")
     each = [one.get("name") if isinstance(one, Mapping) else one for one in sent] if isinstance(sent, list) else []
     names = [name for name in each if isinstance(name, str) and _PLAIN.fullmatch(name)] or ["FILE"]
-    options = " ".join(f"--code {name}" for name in names)
+    options, them = " ".join(f"--code {name}" for name in names), "it" if len(names) == 1 else "them"
     return (
-        f"to let it run, its operator reads {' and '.join(names)}, and names {'it' if len(names) == 1 else 'them'} with {options}, or in site.yaml with "
-        f"`allow: [..., code]` and `code: [{', '.join(names)}]`"
+        f"to let it run, its operator reads {' and '.join(names)}, and names {them} with {options}, or in site.yaml "
+        f"with `allow: [..., code]` and `code: [{', '.join(names)}]`"
     )
 
 

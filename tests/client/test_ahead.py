@@ -46,6 +46,17 @@ def test_a_script_that_waits_for_its_first_task_makes_the_initial_model_and_then
     assert len({process for _, _, process in lines}) == 1
 
 
+def test_a_function_that_is_not_there_ends_a_script_that_waits_with_one_line(
+    site: ScriptSite, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.context.ahead = True
+    site.deploy(SCRIPT, initial="train.py:nett")
+    wait_until(lambda: "begun" in site.log)
+    with pytest.raises(FederationError, match=r": client\.initial: train\.py has no function nett; it has net"):
+        site.initialize()
+    assert "Traceback" not in site.log + caplog.text
+
+
 @pytest.mark.parametrize("script", ["raise ValueError('no data here')", "import sys; sys.exit(0)"])
 def test_a_script_that_ends_before_its_first_task_fails_with_it(site: ScriptSite, script: str) -> None:
     site.context.ahead = True
