@@ -69,12 +69,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _of_settings(args: argparse.Namespace) -> Simulation:
     """Return what the settings of a run say, its data dealt out."""
-    from fedbio.federation.simulation import Simulation
+    from fedbio.federation.simulation import Simulation, check_sites
 
     overrides = [*args.set, *([f"sites.count={args.sites}"] if args.sites else [])]
     settings = load(args.config, RunSettings, overrides)
     data = args.data or args.output / "data"
     if args.data is None:
+        check_sites(args.output, settings.sites.names)
         _deal_out(settings, args.output, data)
     return Simulation(
         jobs=settings.jobs(),
@@ -91,7 +92,7 @@ def _of_settings(args: argparse.Namespace) -> Simulation:
 def _of_job_file(args: argparse.Namespace) -> Simulation:
     """Return what a job file says; its sites are those of `--sites`, its own, or those whose data are there."""
     from fedbio.federation.job_files import check_job_files
-    from fedbio.federation.simulation import Simulation
+    from fedbio.federation.simulation import Simulation, check_sites
 
     content = with_overrides(read_settings(args.config), args.set, args.config)
     jobs = check(content, JobsFile, args.config)
@@ -99,6 +100,7 @@ def _of_job_file(args: argparse.Namespace) -> Simulation:
     data = args.data or args.output / "data"
     if args.data is None:
         names = names or SitesSettings().names
+        check_sites(args.output, names)
         _deal_out_demo(names, args.output, data)
     there = {path.stem: path for suffix in reversed(DATA_FILES) for path in data.glob(f"*{suffix}")}
     names = names or sorted(there)

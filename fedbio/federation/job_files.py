@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["PLAIN_NAME", "check_job_files", "files_of"]
+__all__ = ["PLAIN_NAME", "check_job_files", "file_digests", "files_of"]
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from fedbio.errors import SettingsError
+from fedbio.files import sha256_file
 from fedbio.settings import Job
 from fedbio.settings_jobs import CustomJob, EvaluationJob, ScriptJob
 
@@ -42,6 +43,12 @@ def files_of(job: Job) -> tuple[str, ...]:
         if not PLAIN_NAME.fullmatch(name):
             raise SettingsError(f"job {job.name}: {name!r}: expected the plain name of a file beside the job file")
     return tuple(dict.fromkeys(names))
+
+
+def file_digests(job: Job, folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the files that a job names, by name, of those that are in a folder."""
+    paths = {name: folder / name for name in files_of(job)}
+    return {name: sha256_file(path) for name, path in paths.items() if path.is_file()}
 
 
 def check_job_files(jobs: Iterable[Job], folder: Path, source: str | Path) -> dict[str, Path]:

@@ -58,6 +58,7 @@ class JobRunner:
             If it cannot be completed.
         """
         job, started = entry.job, time.monotonic()
+        self.party.reopen()
         desk = JobDesk(self.desk, job, sites=entry.file.sites, min_sites=entry.file.federation.min_sites)
         sites = desk.wait_for_sites(deadline_s=entry.file.federation.join_deadline_s)
         log.info("job begins job=%s sites=%s", job.name, ",".join(sites))

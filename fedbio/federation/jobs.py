@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedbio.errors import FedbioError, SettingsError
-from fedbio.federation.job_files import check_job_files
+from fedbio.federation.job_files import check_job_files, file_digests
 from fedbio.federation.state import JobRow, State
 from fedbio.settings import Job, JobsFile
 
@@ -128,9 +128,10 @@ class JobQueue:
         Raises
         ------
         SettingsError
-            If a job was begun with other settings, or one of an administrator has its name.
+            If a job was begun with other settings or files, or one of an administrator has its name.
         """
         known = {row.name: row for row in self._state.jobs()}
+        digests = {job.name: file_digests(job, code) for job in file.jobs}
         with self._changed:
             for job in file.jobs:
                 if job.name in known and known[job.name].origin != FILE:
@@ -138,7 +139,12 @@ class JobQueue:
                         f"job {job.name!r} was submitted by an administrator; give this one another name"
                     )
                 alone = file.model_copy(update={"jobs": [job]})
-                done = self._state.begin(job.name, job.model_dump_json().encode(), content=alone.model_dump_json())
+                done = self._state.begin(
+                    job.name,
+                    job.model_dump_json().encode(),
+                    files=digests[job.name],
+                    content=alone.model_dump_json(),
+                )
                 aborted = job.name in known and known[job.name].state == JobState.ABORTED
                 if done or aborted or job.name in self._running or job.name in self._waiting:
                     continue

@@ -143,6 +143,7 @@ class Server:
             try:
                 self._queue.restore()
                 self._queue.offer(self.jobs, self.code)
+                self._note_settings()
                 self._tell_done()
                 self._queue.work(more=None if more_jobs is None else lambda: self._look_for_more(more_jobs))
                 self._say_goodbye()
@@ -216,7 +217,6 @@ class Server:
             sites=lambda job: self._desk.attendance.sites(job),
             send=endpoint.send,
         )
-        party.record.settings = self.jobs.model_dump(mode="json")
         party.events.write("listening", address=endpoint.address)
         self._ready.set()
 
@@ -225,8 +225,14 @@ class Server:
         if jobs is None:
             return None
         self.jobs = jobs
-        self._party.record.settings = jobs.model_dump(mode="json")
+        self._note_settings()
         return jobs, self.code
+
+    def _note_settings(self) -> None:
+        settings = self.jobs.model_dump(mode="json")
+        if settings != self._party.record.settings:
+            self._party.record.settings = settings
+            self._party.reopen()
 
     def _note_end(self, job: str, state: JobState, reason: str) -> None:
         if state is not JobState.DONE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Simulation", "simulate"]
+__all__ = ["Simulation", "check_sites", "simulate"]
 
 import contextlib
 import logging
@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import msgspec
 import yaml
 
 from fedbio.errors import SettingsError
+from fedbio.federation import simulation_inputs as inputs
 from fedbio.federation.model import Parameters
 from fedbio.federation.party import UNFINISHED
 from fedbio.federation.simulation_pool import play
@@ -88,6 +89,8 @@ def simulate(what: Simulation, run: Path, *, processes: int | None = None) -> No
 
     Raises
     ------
+    SettingsError
+        If `run` holds the results of other sites, proteins or jobs; nothing in it is changed then.
     FedbioError
         If a party fails: names it and shows its last lines, with its exit code.
     """
@@ -98,6 +101,9 @@ def simulate(what: Simulation, run: Path, *, processes: int | None = None) -> No
             f"{', '.join(missing[:3])}{more}: not found; make the sites' files with "
             f"`fedbio data split ... -o {Path(missing[0]).parent}`"
         )
+    check_sites(run, what.sites)
+    inputs.check_jobs(run, run / SERVER, what.jobs.jobs, what.files)
+    inputs.check_proteins(run, run / SERVER, what.sites)
     kits = run / "federation"
     address = f"127.0.0.1:{_free_port()}"
     provision(
@@ -124,6 +130,11 @@ def simulate(what: Simulation, run: Path, *, processes: int | None = None) -> No
         _supervise(what, run, kits, address)
     for model in _published(run):
         _copy_model(model, run / model.relative_to(run / SERVER))
+
+
+def check_sites(run: Path, sites: Iterable[str]) -> None:
+    """Raise `SettingsError` if a run has results, of other sites than these: before proteins are dealt out to them."""
+    inputs.check_sites(run, run / SERVER, sites)
 
 
 def _supervise(what: Simulation, run: Path, kits: Path, address: str) -> None:

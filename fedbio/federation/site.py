@@ -29,7 +29,7 @@ from fedbio.federation.identity import SiteIdentity
 from fedbio.federation.links import SiteLink
 from fedbio.federation.lockstep_site import LockstepSite
 from fedbio.federation.messages import Abort, JobDone, Join, Welcome, pack, unpack
-from fedbio.federation.model import Parameters, Task, decode
+from fedbio.federation.model import Parameters, Status, Task, decode
 from fedbio.federation.party import Party
 from fedbio.federation.policy import Policy
 from fedbio.federation.quantization import scheme_of
@@ -394,6 +394,8 @@ class Site:
                 # a full disk or a bug of ours: the server learns of it, and this process ends with it
                 self._reply(failure(task.id, f"{type(error).__name__}; its log says more"))
                 raise
+            if result.status is not Status.REFUSED:
+                self._party.reopen()
             executor = self.executors.get(task.name)
             answer = self._answers.make(task, result, leaves=executor.leaves if executor else "control")
         if task.job not in self._dropped:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,12 +22,13 @@ from fedbio.federation.model import Parameters
 from fedbio.results import Metric, utc_now
 from fedbio.tensors import open_file, write_file
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _SCHEMA = """
 create table sites (name text primary key, version text, first_joined text, last_joined text);
 create table jobs (name text primary key, digest text, started text, finished text, state text default 'waiting',
-                   reason text default '', origin text default 'file', content text default '', submitted text);
+                   reason text default '', origin text default 'file', content text default '', submitted text,
+                   files text default '{}');
 create table notes (job text, key text, value blob, primary key (job, key));
 create table runs (job text, run text, round integer, best_round integer, best_value real, finished integer,
                    primary key (job, run));
@@ -44,6 +45,13 @@ alter table jobs add column submitted text;
 update jobs set submitted = started, state = case when finished is null then 'waiting' else 'done' end;
 """
 """What a state of version 1, which knew no queue, lacks."""
+
+_FROM_2 = """
+alter table jobs add column files text default '{}';
+"""
+"""What a state of version 2, which did not know the jobs' files, lacks."""
+
+_UPGRADES = {0: _SCHEMA, 1: _FROM_1 + _FROM_2, 2: _FROM_2}
 
 T = TypeVar("T")
 
@@ -96,10 +104,9 @@ class State:
             version = self._database.execute("pragma user_version").fetchone()[0]
         except sqlite3.DatabaseError as error:
             raise FormatError(f"{path}: not a server's state ({error}); choose another workspace") from error
-        if version == 0:
-            self._database.executescript(f"begin; {_SCHEMA} pragma user_version = {SCHEMA_VERSION}; commit;")
-        elif version == 1:
-            self._database.executescript(f"begin; {_FROM_1} pragma user_version = {SCHEMA_VERSION}; commit;")
+        if version in _UPGRADES:
+            upgrade = _UPGRADES[version]
+            self._database.executescript(f"begin; {upgrade} pragma user_version = {SCHEMA_VERSION}; commit;")
         elif version != SCHEMA_VERSION:
             raise FormatError(
                 f"{path}: state of version {version}, this release reads version {SCHEMA_VERSION}; "
@@ -130,14 +137,24 @@ class State:
         """Return every site that has ever joined, sorted."""
         return [name for (name,) in self._read("select name from sites order by name")]
 
-    def begin(self, job: str, settings: bytes, *, origin: str = "file", content: str = "") -> bool:
+    def begin(
+        self,
+        job: str,
+        settings: bytes,
+        *,
+        files: Mapping[str, str] | None = None,
+        origin: str = "file",
+        content: str = "",
+    ) -> bool:
         """Enter a job, or find it again; return True if it is done already.
 
         Parameters
         ----------
         job : str
         settings : bytes
-            What must not change while the job is unfinished.
+            What must not change.
+        files : mapping of str to str, optional
+            SHA-256 of the files that the job names, by name; they must not change once something has come of it.
         origin : str
             Where it comes from; kept from the first time.
         content : str
@@ -146,20 +163,47 @@ class State:
         Raises
         ------
         SettingsError
-            If the job was begun with other settings in this workspace.
+            If the job was begun with other settings, or other files, in this workspace.
         """
+        files = files or {}
         digest = hashlib.sha256(settings).hexdigest()
         self._write(
             "insert or ignore into jobs (name, digest, origin, content, submitted) values (?, ?, ?, ?, ?)",
             job, digest, origin, content, utc_now(),
         )  # fmt: skip
-        [(known, state)] = self._read("select digest, state from jobs where name = ?", job)
-        if known != digest:
+        if change := self.change(job, settings, files):
             raise SettingsError(
-                f"job {job!r} was begun in {self.folder} with other settings; give the job another name or the server "
-                "another workspace, or take back the change"
+                f"job {job!r} was begun in {self.folder} with {change}; take back the change, or give the job another "
+                "name or the server another workspace (-o; with Snakemake: --config run=NAME)"
             )
+        [(state, known)] = self._read("select state, files from jobs where name = ?", job)
+        # what runs has been begun with the files as they were
+        if state != "running":
+            whole = {**msgspec.json.decode(known), **files}
+            self._write("update jobs set files = ? where name = ?", msgspec.json.encode(whole).decode(), job)
         return bool(state == "done")
+
+    def change(self, job: str, settings: bytes, files: Mapping[str, str]) -> str:
+        """Return what a job was begun with that is not as in `begin`, such as "other settings"; empty if nothing."""
+        for digest, known in self._read("select digest, files from jobs where name = ?", job):
+            if digest != hashlib.sha256(settings).hexdigest():
+                return "other settings"
+            before = msgspec.json.decode(known, type=dict[str, str])
+            changed = [name for name in sorted(files) if before.get(name, files[name]) != files[name]]
+            # a script that failed at once may be mended
+            if changed and self.has_results(job):
+                return f"another {', '.join(changed)}"
+        return ""
+
+    def has_results(self, job: str | None = None) -> bool:
+        """Whether anything has come of a job, or of any: it is done, or has come past round 0, or has metrics."""
+        rows = self._read(
+            "select 1 from jobs where state = 'done' and (?1 is null or name = ?1) "
+            "union select 1 from runs where round > 0 and (?1 is null or job = ?1) "
+            "union select 1 from metrics where ?1 is null or job = ?1",
+            job,
+        )
+        return bool(rows)
 
     def move(self, job: str, state: str, reason: str = "") -> None:
         """Note that a job is waiting, running, done, failed or aborted now."""

@@ -49,6 +49,35 @@ def test_job_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> No
         state.begin("study", b"two")
 
 
+def test_other_files_are_refused_once_something_has_come_of_the_job(tmp_path: Path) -> None:
+    state = State(tmp_path)
+    state.begin("study", b"one", files={"train.py": "a", "net.py": "b"})
+    state.move("study", "failed", "a script that could not be read")
+    # mended before anything came of it
+    assert state.begin("study", b"one", files={"train.py": "c"}) is False
+    state.save("study", "model", Progress(1), params(1))
+    again = State(tmp_path)
+    assert again.begin("study", b"one", files={"train.py": "c", "net.py": "b"}) is False
+    with pytest.raises(SettingsError, match=r"begun in .* with another train\.py; .* --config run=NAME"):
+        again.begin("study", b"one", files={"train.py": "a", "net.py": "b"})
+    assert again.change("study", b"one", {"net.py": "a", "train.py": "a"}) == "another net.py, train.py"
+    assert again.change("study", b"two", {}) == "other settings"
+    assert again.change("new", b"two", {"train.py": "a"}) == ""
+
+
+def test_state_that_knew_no_files_takes_those_that_are_there(tmp_path: Path) -> None:
+    state = State(tmp_path)
+    state.begin("study", b"one")
+    state.finish("study")
+    state._write("alter table jobs drop column files")
+    state._write("pragma user_version = 2")
+    state.close()
+    again = State(tmp_path)
+    assert again.begin("study", b"one", files={"train.py": "a"}) is True
+    with pytest.raises(SettingsError, match=r"another train\.py"):
+        again.begin("study", b"one", files={"train.py": "b"})
+
+
 def test_foreign_and_future_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/state.sqlite").write_bytes(b"no database at all, only text" * 50)
@@ -57,5 +86,5 @@ def test_foreign_and_future_files_are_refused(tmp_path: Path) -> None:
     state = State(tmp_path / "b")
     state._write("pragma user_version = 7")
     state.close()
-    with pytest.raises(FormatError, match="state of version 7, this release reads version 2"):
+    with pytest.raises(FormatError, match="state of version 7, this release reads version 3"):
         State(tmp_path / "b")
