@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedbio.cli import COMMANDS
+from fedbio.job_templates import TEMPLATES
 from fedbio.provision import provision
 from fedbio.settings import FederationFile
 
@@ -31,6 +32,10 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert result.returncode == 0
     assert COMMANDS[command] in result.stdout
     assert f"example:\n  fedbio {command}" in result.stdout
+
+
+def test_help_of_job_new_lists_every_template() -> None:
+    assert ", ".join(TEMPLATES) in " ".join(fedbio("job", "new", "--help").stdout.split())
 
 
 def test_an_unknown_command_is_refused() -> None:

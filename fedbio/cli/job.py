@@ -24,12 +24,15 @@ EXAMPLE = """fedbio job new fedavg -o fedavg.yaml
 
 COLUMNS = ("name", "workflow", "state", "submitted", "started", "finished")
 
+_TEMPLATES = "fedavg, fedopt, fedprox, scaffold, median, cyclic, evaluation, swarm, split, statistics, classify, embed"
+"""Those of `fedbio.job_templates`, which takes long to load."""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the sub-verbs."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     new = verbs.add_parser("new", help="write a job file from a template")
-    new.add_argument("template", help="fedavg, fedopt, fedprox, ...; an unknown name lists all")
+    new.add_argument("template", help=_TEMPLATES)
     new.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to this file instead of the terminal")
     submit = _asking(verbs, "submit", "enter the jobs of a job file, with the files that they name")
     submit.add_argument("file", type=Path, help="a job file: YAML, JSON or TOML")
