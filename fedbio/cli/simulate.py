@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedbio.errors import SettingsError
+from fedbio.files import write_whole
 from fedbio.settings import JobsFile, RunSettings, SitesSettings, TaskKind, check, load
 from fedbio.settings_files import read_settings, with_overrides
 
@@ -20,6 +21,9 @@ EXAMPLE = """
 fedbio simulate config/config.yaml -o results/demo --set training.rounds=10
   fedbio simulate jobs.yaml --sites 100 --data sites/ -o results/many
 """
+
+DEALT_FILE = "dealt.json"
+"""Beside the sites' files: the settings by which they were made."""
 
 DEMO_PROTEINS = 100
 """Synthetic proteins of a site that was given none."""
@@ -124,10 +128,19 @@ def _save_model(workspace: Path, params: Any, publication: Any) -> None:
 
 
 def _deal_out(settings: RunSettings, output: Path, data: Path) -> None:
-    """Deal the data set's proteins out to sites, unless that was done already: what the Snakefile's rules do."""
+    """Deal the data set's proteins out to sites, unless that was done so already: what the Snakefile's rules do."""
+    from fedbio.federation.simulation import check_dealt
+
     sites, demo = settings.sites, settings.demo
-    if all((data / f"{name}.fasta").is_file() for name in sites.names):
+    said = {"dataset", "demo", "sites", "classes", "max_proteins", "labels"}
+    how = settings.model_dump_json(include=said, indent=2).encode()
+    note = data / DEALT_FILE
+    there = all((data / f"{name}.fasta").is_file() for name in sites.names)
+    # without a note it was someone else who has put them there
+    if there and (not note.is_file() or note.read_bytes() == how):
         return
+    if there:
+        check_dealt(output)
     proteins: str | Path = output / "proteins.fasta"
     if settings.dataset == "demo":
         _data("demo", output=proteins, count=demo.proteins, seed=demo.seed, difficulty=demo.difficulty)
@@ -139,6 +152,7 @@ def _deal_out(settings: RunSettings, output: Path, data: Path) -> None:
         "split", proteins, output=data, names=",".join(sites.names), by=sites.by, alpha=sites.alpha, seed=sites.seed,
         classes=",".join(settings.classes), limit=settings.max_proteins, labels=settings.labels,
     )  # fmt: skip
+    write_whole(note, how)
 
 
 def _deal_out_demo(names: list[str], output: Path, data: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Simulation", "check_sites", "simulate"]
+__all__ = ["Simulation", "check_dealt", "check_sites", "simulate"]
 
 import contextlib
 import logging
@@ -135,6 +135,11 @@ def simulate(what: Simulation, run: Path, *, processes: int | None = None) -> No
 def check_sites(run: Path, sites: Iterable[str]) -> None:
     """Raise `SettingsError` if a run has results, of other sites than these: before proteins are dealt out to them."""
     inputs.check_sites(run, run / SERVER, sites)
+
+
+def check_dealt(run: Path) -> None:
+    """Raise `SettingsError` if a run has results: before its proteins are dealt out otherwise."""
+    inputs.check_dealt(run, run / SERVER)
 
 
 def _supervise(what: Simulation, run: Path, kits: Path, address: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["INPUTS_FILE", "check_jobs", "check_proteins", "check_sites"]
+__all__ = ["INPUTS_FILE", "check_dealt", "check_jobs", "check_proteins", "check_sites"]
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -49,6 +49,12 @@ def check_sites(run: Path, server: Path, names: Iterable[str]) -> None:
     before = _read(run)
     if before is not None and set(before.sites) != set(names) and _has_results(server):
         raise _refusal(run, f"other sites ({_named(list(before.sites))})")
+
+
+def check_dealt(run: Path, server: Path) -> None:
+    """Raise `SettingsError` if a run has results: of proteins that were dealt out otherwise than they shall be now."""
+    if _has_results(server):
+        raise _refusal(run, "other proteins (they were dealt out otherwise)")
 
 
 def check_proteins(run: Path, server: Path, sites: Mapping[str, Path]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fedbio.files import sha256_file
 
@@ -37,6 +38,35 @@ def refused(job: Path, run: Path, sites: int, reason: str) -> None:
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == f"fedbio: {run} holds the results of {reason}; {ANOTHER}"
     assert digests(run) == before
+
+
+@pytest.mark.slow
+def test_results_are_not_taken_for_those_of_another_split(tmp_path: Path, small_encoder: Path) -> None:
+    settings, run = tmp_path / "config.yaml", tmp_path / "run"
+    said = {
+        "dataset": "demo",
+        "demo": {"proteins": 200},
+        "sites": {"count": 2, "seed": 0},
+        "encoder": {"name": str(small_encoder)},
+        "training": {"mlps": ["8"], "seeds": [0], "rounds": 1},
+        "report": {"map": False},
+    }
+    settings.write_text(yaml.safe_dump(said))
+    command = [*FEDBIO, "simulate", str(settings), "-o", str(run)]
+
+    def again(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], capture_output=True, text=True, timeout=200, check=False)
+
+    first = again()
+    assert first.returncode == 0, first.stderr
+    before = digests(run)
+    other = again("--set", "sites.seed=1")
+    assert other.returncode == 2
+    assert "holds the results of other proteins (they were dealt out otherwise)" in other.stderr
+    assert digests(run) == before
+    assert again().returncode == 0
+    # a lock names the process that held it last
+    assert {**digests(run), "federation/.lock": ""} == {**before, "federation/.lock": ""}
 
 
 @pytest.mark.slow
