@@ -100,6 +100,7 @@ def loss_of(params: dict[str, torch.Tensor]) -> float:
         return float(model.eval()(input_ids=rows.tokens, labels=rows.tokens[:, 0] % 2).loss)
 
 
+@pytest.mark.slow
 def test_a_round_measures_what_was_received_and_trains_it(here: AtHand, folder: Path) -> None:  # noqa: F811
     starts = [tiny(seed).state_dict() for seed in (0, 1)]
     for number, start in enumerate(starts):

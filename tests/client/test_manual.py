@@ -68,6 +68,7 @@ def test_the_five_lines_take_part_in_the_job_beside_them(site: ScriptSite) -> No
     assert re.findall(r"# (\d)$", script, flags=re.MULTILINE) == ["1", "2", "3", "4", "5"]
 
 
+@pytest.mark.slow
 def test_a_script_of_nvflare_takes_part_after_its_import_is_changed(site: ScriptSite) -> None:
     (diff,) = blocks("coming-from.md", "diff")
     after = "".join(f"{line[1:]}\n" for line in diff.splitlines() if not line.startswith("-"))

@@ -234,6 +234,7 @@ def test_crash_between_two_tasks_costs_none_of_them(site: ScriptSite, caplog: py
     assert "after the answer" in caplog.text
 
 
+@pytest.mark.slow
 @BOTH
 def test_hang_is_ended_after_the_idle_time(site: ScriptSite, launch: str) -> None:
     script = LOOP + (
@@ -251,6 +252,7 @@ def test_hang_is_ended_after_the_idle_time(site: ScriptSite, launch: str) -> Non
     assert site.train(FLModel(params=ONES.params, current_round=1)).params.keys() == {"w"}
 
 
+@pytest.mark.slow
 def test_script_that_ignores_signals_is_killed(site: ScriptSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployed, "GIVE_UP_S", 0.5)
     script = LOOP + (

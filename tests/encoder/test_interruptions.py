@@ -41,6 +41,7 @@ embed_file(sys.argv[1], sys.argv[2], encoder=sys.argv[3], batch_residues=100, th
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, pytest.param(6, marks=[pytest.mark.slow, pytest.mark.faults])])
 def test_killed_at_any_moment_the_next_call_gives_the_bytes_of_an_unbroken_one(
     tiny: Path, write_fasta: WriteFasta, tmp_path: Path, kills: int
@@ -121,6 +122,7 @@ embed_file(sys.argv[1], sys.argv[2], encoder=sys.argv[3], batch_residues=100, th
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_final_write_nothing_is_computed_again_and_nothing_stays_behind(
     tiny: Path, write_fasta: WriteFasta, tmp_path: Path
 ) -> None:
@@ -157,6 +159,7 @@ entry()
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_computed_and_a_second_process_is_told_of_the_first(
     tiny: Path, write_fasta: WriteFasta, tmp_path: Path
 ) -> None:
@@ -180,6 +183,7 @@ def test_ctrl_c_keeps_what_is_computed_and_a_second_process_is_told_of_the_first
     assert len(list((tmp_path / "out.h5.parts").glob("*.f32"))) >= 1
 
 
+@pytest.mark.slow
 def test_beyond_the_limit_of_a_files_size_the_run_ends_clearly_and_goes_on_later(
     tiny: Path, write_fasta: WriteFasta, tmp_path: Path
 ) -> None:

@@ -107,6 +107,7 @@ BAD: dict[str, tuple[Callable[[FLModel], FLModel], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_update_is_refused_and_the_others_go_on(federations: Callable[[], Any], kind: str) -> None:
     change, reason = BAD[kind]

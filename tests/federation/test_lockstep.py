@@ -290,6 +290,7 @@ endpoint.wait()
 """
 
 
+@pytest.mark.slow
 def test_others_end_with_the_mean_without_a_process_that_is_killed_in_mid_stream(kits: Path, tmp_path: Path) -> None:
     """Three processes over TLS; the third is killed while it sends."""
     lockstep = Lockstep(lambda *message: server.send(*message))

@@ -112,6 +112,7 @@ def test_site_that_lets_no_model_leave_in_a_scheme_says_so(federation: Any) -> N
         run(federation, federation.jobs(mlp="512", quantization={"to_server": "int8"}), **{"site-3": reluctant})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("agreed", "accepted"), [(None, "none"), ("float16", "float16")])
 def test_answer_in_a_scheme_that_was_not_agreed_is_refused(federation: Any, agreed: str | None, accepted: str) -> None:
     headstrong = federation.site("site-3")

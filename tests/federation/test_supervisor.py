@@ -41,6 +41,7 @@ def test_lines_are_relayed_with_the_name_and_logged(tmp_path: Path) -> None:
     assert (tmp_path / "a.txt").read_text() == "one\ntwo\n"
 
 
+@pytest.mark.slow
 def test_failure_ends_all_and_names_the_culprit_not_those_who_lost_it(tmp_path: Path) -> None:
     lost = "import sys, time; time.sleep(0.2); print('lost my peer'); sys.exit(3)"
     wrong = "import sys, time; time.sleep(0.5); print('bad label'); sys.exit(2)"
@@ -54,6 +55,7 @@ def test_failure_ends_all_and_names_the_culprit_not_those_who_lost_it(tmp_path: 
     assert all(each.popen is not None and each.popen.poll() is not None for each in parties)
 
 
+@pytest.mark.slow
 def test_killed_child_is_named_with_its_signal(tmp_path: Path) -> None:
     suicide = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     with pytest.raises(FedbioError, match="site-1 was killed by SIGKILL") as caught:

@@ -544,6 +544,7 @@ def test_mean_of_one_update_is_never_made(federation: Any, scripts: Scripts) -> 
         run(federation, scripts, jobs(rounds=1, min_sites=1))
 
 
+@pytest.mark.slow
 def test_aggregator_that_vanishes_is_replaced_and_catches_up_when_it_is_back(federation: Any, scripts: Scripts) -> None:
     started, back = threading.Event(), threading.Event()
     vanished: list[str] = []

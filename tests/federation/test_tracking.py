@@ -248,6 +248,7 @@ def test_a_line_that_a_kill_has_cut_off_spoils_no_other(server_end: Any, tmp_pat
     assert [json.loads(line)["key"] for line in (lines[0], *lines[2:])] == ["whole", "loss", "loss"]
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_is_given_up_and_the_others_go_on(server_end: Any, tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file is in the way of the folder")
     end = server_end("tensorboard", "mlflow")

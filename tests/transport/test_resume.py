@@ -152,6 +152,7 @@ def killed_again_and_again(
     return proxy.passed[direction] - files * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", [UP, pytest.param(DOWN, marks=[pytest.mark.slow, pytest.mark.faults])])
 def test_file_goes_on_after_either_end_was_killed(
     parties: Callable[..., tuple[Process, Process, Proxy]], tmp_path: Path, direction: str

@@ -139,6 +139,7 @@ def test_peer_with_a_certificate_finds_no_tls_at_a_plain_listener(
         driver.dial(listener.address, credentials("site-1"), PATIENT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theirs", ["grpc", "tcp", "http"])
 def test_server_with_another_driver_is_a_closed_connection(
     driver: Driver, name: str, theirs: str, listen: Callable[..., Listener], credentials: Kit

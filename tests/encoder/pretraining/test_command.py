@@ -47,6 +47,7 @@ def test_proteins_become_an_encoder_that_embed_reads(
         assert file["embeddings"].shape == (40, 32)
 
 
+@pytest.mark.slow
 def test_stretches_end_in_the_same_bytes_as_one_go(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
