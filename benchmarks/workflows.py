@@ -48,7 +48,7 @@ from fedbio.transport import Credentials, ObjectPayload, Received, ServerEndpoin
 SITES = ("site-1", "site-2", "site-3")
 PIECE_BYTES = 1 << 20
 
-SWARM_GOAL, SPLIT_GOAL = 5.0, 3.0
+SWARM_GOAL, SPLIT_GOAL = 3.0, 3.0
 """The most that a round and a step may cost, in limits. A round also takes the model to each script and back over its
 socket, and writes updates and models to disk, whole or not at all, which the limit does not know."""
 
