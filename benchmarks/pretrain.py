@@ -42,7 +42,7 @@ from fedbio.proteins.demo import generate
 TOKENS_GOALS = {"esm1nv-44m": 1_900, "esm1nv-mini": 7_500}
 """Tokens per second of two CPU cores with AVX-512-BF16 or AMX."""
 
-PRODUCT_GOALS = {"cpu": None, "cuda": 0.4}
+PRODUCT_GOALS: dict[str, float | None] = {"cpu": None, "cuda": 0.4}
 """Share of the matrix product."""
 
 
@@ -142,7 +142,7 @@ def main() -> int:
 
 
 def result(name: str, value: float, limit: float, unit: str, goal: float | None) -> dict[str, Any]:
-    """One line of the results: a value, what it is compared with, and whether their ratio reaches the goal, if there is one."""
+    """One line of the results: a value, what it is compared with, and whether their ratio reaches a goal."""
     return {
         "name": name,
         "value": round(value, 1),
