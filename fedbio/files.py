@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["exclusive_lock", "full_disk_named", "sha256_file", "sync_folder", "whole_file", "write_whole"]
+__all__ = ["exclusive_lock", "full_disk_named", "read_at", "sha256_file", "sync_folder", "whole_file", "write_whole"]
 
 import contextlib
 import errno
@@ -81,6 +81,22 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Replace the file at `path` by `content` (text as UTF-8), whole or not at all."""
     with whole_file(path) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_at(descriptor: int, into: memoryview, offset: int) -> None:
+    """Fill a contiguous buffer with a file's bytes from `offset`; the file's position is neither used nor moved.
+
+    Raises
+    ------
+    EOFError
+        If the file ends before the buffer is full.
+    """
+    rest = into.cast("B")
+    while rest:
+        read = os.preadv(descriptor, [rest], offset)
+        if not read:
+            raise EOFError("the file ends before what is to be read")
+        rest, offset = rest[read:], offset + read
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

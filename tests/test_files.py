@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedbio.errors import MachineError
-from fedbio.files import exclusive_lock, sha256_file, whole_file, write_whole
+from fedbio.files import exclusive_lock, read_at, sha256_file, whole_file, write_whole
 
 
 def test_whole_file_keeps_the_old_content_when_the_block_raises(tmp_path: Path) -> None:
@@ -95,3 +95,16 @@ def test_exclusive_lock_waits_for_the_other_process_if_asked(tmp_path: Path) -> 
         with exclusive_lock(tmp_path / "lock", "the store", wait=True):
             assert holder.stdout.readline() == "free\n"
             assert (tmp_path / "lock").read_text() == str(os.getpid())
+
+
+def test_reading_at_an_offset_neither_uses_nor_moves_the_position(tmp_path: Path) -> None:
+    path = tmp_path / "numbers"
+    path.write_bytes(bytes(range(100)))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(50)
+        into = bytearray(10)
+        read_at(file.fileno(), memoryview(into), 7)
+        assert into == bytes(range(7, 17))
+        assert file.tell() == 50
+        with pytest.raises(EOFError, match="the file ends before"):
+            read_at(file.fileno(), memoryview(into), 95)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fedbio.embeddings.form import FORMAT, Floats, check_same_encoder
 from fedbio.errors import FormatError
-from fedbio.files import whole_file, write_whole
+from fedbio.files import read_at, whole_file, write_whole
 from fedbio.results import EncoderInfo
 
 log = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ class Parts:
                 first = self._starts[shard]
                 for run in np.flatnonzero(shards == shard).tolist():
                     into = vectors[ends[run] - counts[run] : ends[run]]
-                    _read_all(file.fileno(), into, (int(starts[run]) - first) * self._width * 4)
+                    read_at(file.fileno(), into.data, (int(starts[run]) - first) * self._width * 4)
         return vectors
 
     def remove(self) -> None:
@@ -223,12 +223,3 @@ def _write_all(descriptor: int, block: Floats) -> None:
     rest = block.data.cast("B")
     while rest:
         rest = rest[os.write(descriptor, rest) :]
-
-
-def _read_all(descriptor: int, into: Floats, offset: int) -> None:
-    rest = into.data.cast("B")
-    while rest:
-        read = os.preadv(descriptor, [rest], offset)
-        if not read:
-            raise ValueError("a shard ends before its rows do")
-        rest, offset = rest[read:], offset + read

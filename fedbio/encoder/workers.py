@@ -27,6 +27,7 @@ from fedbio.encoder.shards import plan_shards
 from fedbio.encoder.source import Residues
 from fedbio.encoder.work import Work
 from fedbio.errors import FedbioError, MachineError, SettingsError
+from fedbio.files import read_at
 from fedbio.processes import die_with_parent
 from fedbio.results import EncoderInfo
 
@@ -238,10 +239,11 @@ def _work_on(order: _Order) -> None:
     setup = Setup(EncoderChoice(**order.choice))
     if setup.info != order.info:
         raise MachineError(f"device {setup.device} computes with {setup.info}, but {order.info} is wanted")
-    places = os.fdopen(order.places_file, "rb")
-    places.seek(0)
-    begins = np.fromfile(places, np.int64, order.sequences)
-    lengths = np.fromfile(places, np.int32, order.sequences)
+    begins = np.empty(order.sequences, dtype=np.int64)
+    lengths = np.empty(order.sequences, dtype=np.int32)
+    # at offsets of our own: the file's position is one for all workers
+    read_at(order.places_file, begins.data, 0)
+    read_at(order.places_file, lengths.data, begins.nbytes)
     work = Work(Residues(order.residues_file, begins, lengths), setup.info, budget=setup.budget)
     parts = Parts(Path(order.output), info=setup.info, work=order.work, rows=work.rows, trusted=True)
     compute(setup.inference(), work, parts, lambda residues: _tell(_Told(residues)), first=order.first, last=order.last)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbio.errors import FormatError
+from fedbio.files import read_at
 from fedbio.tensors.check import Manifest, check_manifest, check_values
 from fedbio.tensors.layout import DTYPES, PREFIX_BYTES, TensorLimits, header_length, parse_header
 
@@ -80,13 +81,10 @@ class TensorFile:
         shape, dtype = self.manifest[name]
         if out.dtype != dtype or start + len(out) > math.prod(shape):
             raise ValueError(f"tensor {name!r}: values {start} to {start + len(out)} of {dtype} {list(shape)}")
-        view = out.view(np.uint8).data
-        begin = self._begins[name] + start * dtype.itemsize
-        while len(view):
-            count = os.preadv(self._descriptor, [view], begin)
-            if not count:
-                raise FormatError(f"{os.fspath(self.path)}: cut short while it was read; get a fresh copy")
-            view, begin = view[count:], begin + count
+        try:
+            read_at(self._descriptor, out.data, self._begins[name] + start * dtype.itemsize)
+        except EOFError as error:
+            raise FormatError(f"{os.fspath(self.path)}: cut short while it was read; get a fresh copy") from error
 
     def release(self, name: str, end: int) -> None:
         """Let the kernel drop its copies of what comes before index `end` of a tensor: nobody reads it again."""
