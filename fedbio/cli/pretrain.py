@@ -36,6 +36,7 @@ _RECIPE: dict[str, tuple[type, str]] = {
     "learning_rate": (float, "highest learning rate"),
     "final_share": (float, "share of it at which the cosine ends"),
     "warmup_steps": (int, "updates until it is reached"),
+    "decay_share": (float, "last part of the schedule, over which the rate falls; before it, --steps may change"),
     "pack_tokens": (int, "most tokens that go through the network at once"),
     "packs": (int, "packs in one update, over all processes"),
     "weight_decay": (float, "of AdamW, on the matrices of the linear maps"),

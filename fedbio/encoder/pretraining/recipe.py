@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["PRESETS", "Preset", "Recipe", "changed_keys", "learning_rate"]
+__all__ = ["PRESETS", "Preset", "Recipe", "changed_keys", "learning_rate", "settled_steps"]
 
 import math
 from dataclasses import dataclass
@@ -34,6 +34,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         The highest rate, and the share of it at which the cosine ends.
     warmup_steps : int
         Updates over which the rate rises to its highest.
+    decay_share : float
+        Last part of the schedule, over which the rate falls along the cosine; before it the rate stays at its highest,
+        and `steps` may still be changed [1]_. 1: it falls from the end of the warm-up on.
     weight_decay, beta1, beta2, epsilon : float
         Of AdamW (Loshchilov and Hutter 2019); norms, biases and tables do not decay.
     clip : float
@@ -46,6 +49,11 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         the last `average_share` of the schedule. The average is what is written as the encoder.
     dtype : str
         ``"bfloat16"`` or ``"float32"``: the arithmetic of the linear maps and of attention.
+
+    References
+    ----------
+    .. [1] Hu et al., "MiniCPM: unveiling the potential of small language models with scalable training strategies",
+       2024, arXiv 2404.06395, section 4 (warm-up, stable, decay).
     """
 
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
@@ -55,6 +63,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     learning_rate: _Positive = 1e-3
     final_share: _Share = 0.1
     warmup_steps: Annotated[int, msgspec.Meta(ge=0)] = 500
+    decay_share: _Share = 1.0
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.01
     beta1: _Share = 0.9
     beta2: _Share = 0.98
@@ -92,19 +101,32 @@ PRESETS = {
     # GELU by the error function costs a CPU a third of the tanh form
     "esm1nv-mini": Preset(
         EncoderConfig(name="esm1nv-mini", layers=6, heads=4, width=256, ffn=1024, activation="gelu"),
-        Recipe(steps=5_000, pack_tokens=8_192, packs=2, learning_rate=2e-3, warmup_steps=300),
+        Recipe(steps=10_000, pack_tokens=8_192, packs=1, learning_rate=2e-3, warmup_steps=300, decay_share=0.2),
     ),
 }
 """What ``--preset`` names."""
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Return the rate of an update, counted from 0: up along a line, then down along half a cosine."""
+    """Return the rate of an update, counted from 0: up along a line, perhaps level, then down along half a cosine."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    through = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    share = recipe.final_share + (1 - recipe.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, through)))
+    begin = _decay_begin(recipe)
+    through = min(1.0, max(0, step - begin) / max(1, recipe.steps - begin))
+    share = recipe.final_share + (1 - recipe.final_share) * 0.5 * (1 + math.cos(math.pi * through))
     return recipe.learning_rate * share
+
+
+def _decay_begin(recipe: Recipe) -> int:
+    return max(recipe.warmup_steps, recipe.steps - round(recipe.steps * recipe.decay_share))
+
+
+def settled_steps(recipe: Recipe) -> int:
+    """Return how many updates are the same for every longer schedule."""
+    settled = _decay_begin(recipe)
+    if recipe.average == "tail":
+        settled = min(settled, math.floor(recipe.steps * (1 - recipe.average_share)))
+    return settled
 
 
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ from fedbio.encoder.pretraining.masking import Masker
 from fedbio.encoder.pretraining.metrics import Metrics
 from fedbio.encoder.pretraining.perplexity import HeldOut, Measured
 from fedbio.encoder.pretraining.processes import Processes, joined_processes
-from fedbio.encoder.pretraining.recipe import Recipe, changed_keys
+from fedbio.encoder.pretraining.recipe import Recipe, changed_keys, settled_steps
 from fedbio.encoder.pretraining.writing import write_encoder
 from fedbio.errors import SettingsError
 from fedbio.files import exclusive_lock
@@ -225,7 +225,10 @@ class _Run:
         }
 
     def _restore(self, state: State) -> None:
-        if changes := changed_keys(state.recipe, self.bound):
+        before = {"decay_share": 1.0, **state.recipe}  # an older release knew no other
+        if self._only_length_differs(before, state.progress.step):
+            before["steps"] = self.recipe.steps
+        if changes := changed_keys(before, self.bound):
             raise SettingsError(
                 f"{self.output}: this run began with other settings: {'; '.join(changes)}; "
                 "go on with the same, or choose another output folder"
@@ -236,6 +239,11 @@ class _Run:
         if state.progress.stretches and state.progress.stretches[-1]["threads"] != threads:
             log.warning("another number of threads than before: the last bits of the result will differ")
         log.info("going on step=%d of %d tokens=%d", self.progress.step, self.recipe.steps, self.progress.tokens)
+
+    def _only_length_differs(self, before: dict[str, Any], step: int) -> bool:
+        """Whether each update until now would have been the same with today's length of the schedule."""
+        recipe = msgspec.structs.replace(self.recipe, steps=before.get("steps", 0))
+        return step <= min(settled_steps(recipe), settled_steps(self.recipe))
 
     def go(self, begun: float) -> Outcome:
         """Train, save, measure and write."""

@@ -67,6 +67,24 @@ def test_stretches_end_in_the_same_bytes_as_one_go(
     assert [line["step"] for line in lines if "perplexity" in line] == [0, 4, 8]
 
 
+@pytest.mark.slow
+def test_a_schedule_may_be_made_longer_until_the_rate_begins_to_fall(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    level = ["--json", "--decay-share", "0.5", "--warmup-steps", "1", "--average", "none"]
+    assert main([*command(*level, "--steps", "10")]) == 0
+    whole = result(capsys)
+    for _ in range(3):  # each stretch is over after one update
+        assert main([*command(*level, "--steps", "6", "--minutes", "1e-9", output="parts")]) == 0
+    capsys.readouterr()
+    assert main([*command(*level, "--steps", "10", output="parts")]) == 0
+    assert result(capsys)["weights_sha256"] == whole["weights_sha256"]
+    assert json.loads((tmp_path / "parts" / "training.json").read_text())["recipe"]["steps"] == 10
+    # the rate has fallen: it is too late
+    assert main([*command(*level, "--steps", "20", output="parts")]) == 2
+    assert "steps was 10 and is 20" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_left_as_it_is(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command("--json")]) == 0
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -92,9 +110,9 @@ def test_a_finished_run_is_left_as_it_is(command: Command, tmp_path: Path, capsy
 def test_a_changed_setting_is_refused_by_its_name(
     command: Command, capsys: pytest.CaptureFixture[str], option: list[str], message: str
 ) -> None:
-    assert main(command("--minutes", "1e-9")) == 0
+    assert main(command("--warmup-steps", "0", "--minutes", "1e-9")) == 0
     capsys.readouterr()
-    assert main(command(*option)) == 2
+    assert main(command("--warmup-steps", "0", *option)) == 2
     assert message in capsys.readouterr().err
 
 

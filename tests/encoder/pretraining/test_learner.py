@@ -12,7 +12,7 @@ import torch
 from fedbio.encoder.pretraining.batches import Batch, make_batch
 from fedbio.encoder.pretraining.learner import Learner, first_weights
 from fedbio.encoder.pretraining.masking import STANDARD, Masker
-from fedbio.encoder.pretraining.recipe import PRESETS, Recipe, learning_rate
+from fedbio.encoder.pretraining.recipe import PRESETS, Recipe, learning_rate, settled_steps
 from fedbio.errors import FormatError, MachineError
 from fedbio.weights import ESM1NV, EncoderConfig, weights_digest
 
@@ -105,6 +105,22 @@ def test_the_rate_rises_and_falls_as_told() -> None:
     assert rates[60] == pytest.approx(0.55)
     assert rates[109] == pytest.approx(0.1, abs=1e-3)
     assert all(rates[k] > rates[k + 1] for k in range(10, 109))
+
+
+def test_the_rate_stays_level_until_the_last_part_of_the_schedule() -> None:
+    recipe = Recipe(steps=100, warmup_steps=10, learning_rate=1.0, final_share=0.1, decay_share=0.2, average="none")
+    rates = [learning_rate(recipe, step) for step in range(100)]
+    assert rates[9:81] == [1.0] * 72
+    assert rates[90] == pytest.approx(0.55)
+    assert all(rates[k] > rates[k + 1] for k in range(80, 99))
+    assert settled_steps(recipe) == 80
+    longer = msgspec.structs.replace(recipe, steps=1000)
+    assert [learning_rate(longer, step) for step in range(81)] == rates[:81]
+
+
+def test_a_mean_over_the_tail_may_begin_before_the_rate_falls() -> None:
+    recipe = Recipe(steps=100, warmup_steps=10, decay_share=0.2, average="tail", average_share=0.3)
+    assert settled_steps(recipe) == 70
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
