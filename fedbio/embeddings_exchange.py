@@ -62,7 +62,7 @@ def to_flat(source: _StrPath, output: _StrPath, form: Form = "uniprot", *, prote
     id has a slash, which HDF5 takes for a folder, the key in UniProt's form is the sequence's SHA-256 and the place.
     """
     with Embeddings.open(source) as embeddings, whole_file(output) as beside, h5py.File(beside, "w") as file:
-        file.attrs.update({"format": FLAT_FORMAT, "version": 1, **msgspec.structs.asdict(embeddings.info)})
+        file.attrs.update({"format": FLAT_FORMAT, "version": 1, **msgspec.to_builtins(embeddings.info)})
         keys = _keys(embeddings, form, proteins)
         used: dict[str, str] = {}
         for place, (key, name) in enumerate(zip(keys, embeddings.ids, strict=True)):

@@ -74,7 +74,7 @@ def to_parquet(source: _StrPath, output: _StrPath) -> int:
     with _pooled(source) as embeddings, whole_file(output) as beside:
         vector = arrow.list_(arrow.float32(), embeddings.info.width)
         columns = {"id": arrow.string(), "length": arrow.int64(), "sha256": arrow.string(), "embedding": vector}
-        about = json.dumps(msgspec.structs.asdict(embeddings.info))
+        about = json.dumps(msgspec.to_builtins(embeddings.info))
         schema = arrow.schema(list(columns.items()), metadata={"fedbio": about})
         place = 0
         with parquet.ParquetWriter(beside, schema) as writer:

@@ -59,7 +59,7 @@ CENTRAL = "central"
 """Value of a `party` column for the model trained on all proteins in one place, where that is possible."""
 
 
-class EncoderInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EncoderInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How proteins became vectors; two embeddings may be compared only if this is equal.
 
     Parameters
@@ -71,10 +71,11 @@ class EncoderInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trained : bool
         False if the weights are random numbers from a fixed seed.
     width : int
-        Length of an embedding, D.
+        Length of a row, D; with the pooling ``"ends"`` a multiple of the encoder's own width.
     pooling : str
-        ``"mean"``: the average over residues; ``"max"``: their maximum; ``"start"``: the start token, and of several
-        windows the average of theirs; ``"residues"``: none, there is a row per residue.
+        ``"mean"``: the average over residues; ``"ends"``: that and the averages over bins at both ends; ``"max"``: the
+        maximum of residues; ``"start"``: the start token, and of several windows the average of theirs;
+        ``"residues"``: none, there is a row per residue.
     layer : int
         Number of the transformer layer whose output is pooled, counted from 1; 0 is the input of the first. The last
         one's output has passed the final norm.
@@ -85,17 +86,28 @@ class EncoderInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     long : str
         What was done with longer ones: ``"window"``, they were covered by overlapping windows in which each residue
         counts once, or ``"cut"``, only their beginning was used.
+    bins : str
+        Of ``"ends"``, how many residues the bins hold: ``"start 20 40, end 10 30"`` are the first 20 and the 40 after
+        them, the last 10 and the 30 before them. Empty for any other pooling.
     """
 
     name: str
     weights_sha256: str
     trained: bool
     width: int
-    pooling: Literal["mean", "max", "start", "residues"]
+    pooling: Literal["mean", "ends", "max", "start", "residues"]
     layer: int
     dtype: str
     max_residues: int
     long: Literal["cut", "window"]
+    bins: str = ""
+
+    def differing(self, other: EncoderInfo) -> list[str]:
+        """Name the fields in which two differ, in order, and of several that differ for one reason only that one."""
+        names = [name for name in self.__struct_fields__ if getattr(self, name) != getattr(other, name)]
+        if self.pooling != other.pooling:
+            names = [name for name in names if name not in ("width", "bins")]
+        return names
 
 
 class ClassCounts(msgspec.Struct, frozen=True):

@@ -67,7 +67,7 @@ def test_parquet_is_read_by_pandas(tmp_path: Path) -> None:
     assert table.embedding[999].tolist() == [2997, 2998, 2999]
     assert table.sha256[0] == sequence_digest("MK").hex()
     metadata = pyarrow.parquet.read_schema(tmp_path / "out.parquet").metadata
-    assert json.loads(metadata[b"fedbio"]) == msgspec.structs.asdict(INFO)
+    assert json.loads(metadata[b"fedbio"]) == msgspec.to_builtins(INFO)
 
 
 def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

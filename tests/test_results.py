@@ -62,3 +62,17 @@ def test_an_event_is_one_line_and_a_log_goes_on(tmp_path: Path) -> None:
         ("site-1", "sent", 1),
         ("site-1", "sent", 2),
     ]
+
+
+def test_encoders_differ_in_what_is_the_reason_and_not_in_what_follows() -> None:
+    ends = msgspec.structs.replace(ENCODER, pooling="ends", width=3840, bins="start 20 40, end 10 30")
+    other_bins = msgspec.structs.replace(ends, width=2304, bins="start 50, end 50")
+    assert ENCODER.differing(ENCODER) == []
+    assert ENCODER.differing(msgspec.structs.replace(ends, layer=5)) == ["pooling", "layer"]
+    assert ends.differing(other_bins) == ["width", "bins"]
+
+
+def test_an_encoder_is_told_as_before_the_bins_were_known() -> None:
+    told = msgspec.json.decode(msgspec.json.encode(ENCODER))
+    assert "bins" not in told
+    assert msgspec.convert(told, EncoderInfo) == ENCODER

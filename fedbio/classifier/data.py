@@ -178,7 +178,7 @@ def merge_sites(parts: Sequence[SiteData]) -> SiteData:
     seen: dict[str, tuple[bytes, int, bool, str]] = {}
     kept: dict[str, list[TrainData]] = {name: [] for name in SPLITS}
     for part in parts:
-        if part.encoder != first.encoder:
+        if part.encoder.differing(first.encoder):
             raise DataError(
                 f"{part.source}: embedded with {_shown(part.encoder)}, but {first.source} with "
                 f"{_shown(first.encoder)}; embed all files with one encoder"
@@ -221,4 +221,8 @@ def merge_sites(parts: Sequence[SiteData]) -> SiteData:
 
 
 def _shown(encoder: EncoderInfo) -> str:
-    return f"{encoder.name} (SHA-256 {encoder.weights_sha256}, {encoder.dtype}, longer proteins: {encoder.long})"
+    pooling = f"{encoder.pooling} {encoder.bins}".rstrip()
+    return (
+        f"{encoder.name} (SHA-256 {encoder.weights_sha256}, {encoder.dtype}, pooling: {pooling}, "
+        f"longer proteins: {encoder.long})"
+    )

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from fedbio.classifier.data import check_sequences
 from fedbio.classifier.model_files import Model
 from fedbio.embeddings import Embeddings, sequence_digest
@@ -56,11 +54,11 @@ def check_encoder(found: EncoderInfo, trained_with: EncoderInfo, *, where: str) 
             f"{where}: made with the encoder {found.name!r} of SHA-256 {found.weights_sha256}, but the classifier was "
             f"trained with {trained_with.name!r} of SHA-256 {trained_with.weights_sha256}; use that encoder"
         )
-    for field in msgspec.structs.fields(EncoderInfo):
-        here, there = getattr(found, field.name), getattr(trained_with, field.name)
-        if here != there and field.name not in ("name", "dtype"):
+    for name in found.differing(trained_with):
+        if name not in ("name", "dtype"):
+            here, there = getattr(found, name), getattr(trained_with, name)
             raise DataError(
-                f"{where}: made with {field.name} {here!r}, but the classifier was trained with {there!r}; "
+                f"{where}: made with {name} {here!r}, but the classifier was trained with {there!r}; "
                 "embed the proteins in the same way"
             )
 

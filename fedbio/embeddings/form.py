@@ -17,7 +17,6 @@ __all__ = [
 import hashlib
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -69,8 +68,7 @@ def check_same_encoder(found: EncoderInfo, wanted: EncoderInfo, *, where: str, r
         Naming each attribute that differs, both values, `remedy`, and the options of ``fedbio embed`` that would do
         as before, if these are all that differs.
     """
-    names = [field.name for field in msgspec.structs.fields(EncoderInfo)]
-    differing = [name for name in names if getattr(found, name) != getattr(wanted, name)]
+    differing = found.differing(wanted)
     if not differing:
         return
     what = ", ".join(f"{name} is {getattr(found, name)!r}, not {getattr(wanted, name)!r}" for name in differing)

@@ -104,7 +104,7 @@ class Parts:
         # shards without their manifest are of unknown work: a deletion was broken off
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        write_whole(path, json.dumps({**manifest, "encoder": msgspec.structs.asdict(info)}, indent=2) + "\n")
+        write_whole(path, json.dumps({**manifest, "encoder": msgspec.to_builtins(info)}, indent=2) + "\n")
 
     def _find(self, *, trusted: bool) -> None:
         """Collect the shards that are there; unless they are trusted, check them and clear away what is not one."""

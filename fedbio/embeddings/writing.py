@@ -100,7 +100,7 @@ def write_stream(
         try:
             with h5py.File(beside, "w") as file:
                 file.attrs.update({"format": FORMAT, "version": VERSION, "fedbio_version": __version__})
-                file.attrs.update(msgspec.structs.asdict(info))
+                file.attrs.update(msgspec.to_builtins(info))
                 _write_rows(file, rows, info.width, blocks)
                 if pointers is not None:
                     file.create_dataset("pointers", data=pointers.astype(np.int64, copy=False), track_times=False)

@@ -126,9 +126,9 @@ class Classify(Controller):
         infos = {site: each.encoder for site, each in sorted(self.descriptions.items())}
         first_site, first = next(iter(infos.items()))
         for site, info in infos.items():
-            for field in EncoderInfo.__struct_fields__:
+            for field in first.differing(info):
                 ours, theirs = getattr(first, field), getattr(info, field)
-                if ours != theirs and field != "dtype":
+                if field != "dtype":
                     raise FederationError(
                         f"job {self.job}: embeddings differ in {field}: {first_site} has {ours!r}, "
                         f"{site} has {theirs!r}; embed again with one encoder"
