@@ -100,7 +100,7 @@ def test_a_finished_run_is_left_as_it_is(command: Command, tmp_path: Path, capsy
         (["--learning-rate", "0.5"], "learning_rate was 0.002 and is 0.5"),
         (["--steps", "13"], "steps was 12 and is 13"),
         (["--seed", "1"], "seed was 0 and is 1"),
-        (["--packs", "3"], "packs was 2 and is 3"),
+        (["--packs", "3"], "packs was 1 and is 3"),
         (["--dtype", "bfloat16"], "dtype was 'float32' and is 'bfloat16'"),
         (["--width", "64"], "width was 32 and is 64"),
         (["--average", "ema"], "average was 'tail' and is 'ema'"),
