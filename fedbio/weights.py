@@ -1,4 +1,7 @@
-"""Know an encoder by its files alone, without torch: its configuration, its weights and their digest."""
+"""Know an encoder by its files alone, without torch: its configuration, its weights and their digest.
+
+Weights are float32 here, whatever their file holds (`fedbio.weights_file`).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,6 @@ __all__ = [
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,18 +30,18 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from fedbio.errors import DataError, FormatError
 from fedbio.files import whole_file, write_whole
 from fedbio.vocabularies import VOCABULARIES, VOCABULARY_FILE, check_vocabulary, read_pieces
+from fedbio.weights_file import Manifest, WeightForm, read_tensors, write_tensors
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
 
 Weights = dict[str, NDArray[np.float32]]
+_STORED: tuple[np.dtype[Any], ...] = (np.dtype("<f4"), np.dtype("<f2"))
 # the upper ends are far beyond any encoder of proteins; they keep a hostile configuration from filling the memory
 _Layers = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 _Heads = Annotated[int, msgspec.Meta(ge=1, le=1024)]
@@ -149,7 +151,8 @@ def weights_digest(weights: Mapping[str, NDArray[np.float32]]) -> str:
     -----
     The digest is that of the safetensors file which holds exactly these float32 tensors, sorted by name and without
     metadata; a language-model head beside them does not count. ``sha256sum model.safetensors`` gives the same
-    for a folder without a head.
+    for a folder without a head whose weights are kept as float32. Kept as float16 or int8, they are widened before
+    they are digested: an encoder that was rounded is another one, but has one digest whatever file holds it.
     """
     names = sorted(name for name in weights if not name.startswith("lm_head."))
     header: dict[str, Any] = {}
@@ -192,7 +195,7 @@ def read_weights(folder: str | os.PathLike[str]) -> tuple[EncoderConfig, Weights
     Raises
     ------
     FormatError
-        If a file is missing or damaged, or a tensor is missing, of another shape, or not float32.
+        If a file is missing or damaged, or a tensor is missing, of another shape, of another dtype, or not finite.
     """
     config = read_config(folder)
     vocabulary = Path(folder) / VOCABULARY_FILE
@@ -204,15 +207,9 @@ def read_weights(folder: str | os.PathLike[str]) -> tuple[EncoderConfig, Weights
                 "get the folder again, the two files are not of one encoder"
             )
     path = Path(folder) / WEIGHTS_FILE
-    try:
-        with safe_open(path, framework="np") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except FileNotFoundError:
-        raise FormatError(f"{path}: not found; an encoder folder holds {CONFIG_FILE} and {WEIGHTS_FILE}") from None
-    except (SafetensorError, OSError, TypeError) as error:
-        raise FormatError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
-    check_shapes(weights, config, where=str(path))
-    return config, weights
+    if not path.is_file():
+        raise FormatError(f"{path}: not found; an encoder folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    return config, read_tensors(path, lambda found: _check(found, config, where=str(path), dtypes=_STORED))
 
 
 def check_shapes(weights: Mapping[str, NDArray[Any]], config: EncoderConfig, *, where: str) -> None:
@@ -223,33 +220,48 @@ def check_shapes(weights: Mapping[str, NDArray[Any]], config: EncoderConfig, *, 
     FormatError
         Naming the first tensor that is missing, unknown, of another shape or not float32.
     """
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
+    _check(found, config, where=where, dtypes=_STORED[:1])
+
+
+def _check(found: Manifest, config: EncoderConfig, *, where: str, dtypes: tuple[np.dtype[Any], ...]) -> None:
     expected = inference_shapes(config)
-    if any(name.startswith("lm_head.") for name in weights):
+    if any(name.startswith("lm_head.") for name in found):
         expected |= head_shapes(config)
     for name, shape in expected.items():
-        found = weights.get(name)
-        if found is None:
+        if name not in found:
             raise FormatError(f"{where}: tensor {name!r} is missing; {config.name} needs it with shape {list(shape)}")
-        if found.shape != shape or found.dtype != np.float32:
+        found_shape, dtype = found[name]
+        if found_shape != shape or dtype not in dtypes:
             raise FormatError(
-                f"{where}: tensor {name!r}: expected float32 of shape {list(shape)}, "
-                f"found {found.dtype} of shape {list(found.shape)}"
+                f"{where}: tensor {name!r}: expected {' or '.join(map(str, dtypes))} of shape {list(shape)}, "
+                f"found {dtype} of shape {list(found_shape)}"
             )
-    for name in weights:
+    for name in found:
         if name not in expected:
             raise FormatError(f"{where}: tensor {name!r} is not part of {config.name}")
 
 
-def write_weights(folder: str | os.PathLike[str], config: EncoderConfig, weights: Weights) -> None:
+def write_weights(
+    folder: str | os.PathLike[str], config: EncoderConfig, weights: Weights, form: WeightForm = "float32"
+) -> None:
     """Write an encoder folder that `read_weights` reads; each of its files appears whole.
 
     Besides weights and architecture the folder gets ``vocab.txt``, so that another tool knows what the rows of the
     token table stand for.
 
+    Parameters
+    ----------
+    folder : path-like
+    config : EncoderConfig
+    weights : dict of str to ndarray, float32
+    form : {"float32", "float16", "int8"}
+        As what the matrices are kept, see `fedbio.weights_file`; the narrower ones round.
+
     Raises
     ------
     DataError
-        If the weights do not fit the architecture.
+        If the weights do not fit the architecture, or a value does not fit the form.
     """
     target = Path(folder)
     try:
@@ -258,7 +270,8 @@ def write_weights(folder: str | os.PathLike[str], config: EncoderConfig, weights
         raise DataError(str(error)) from error
     write_whole(target / VOCABULARY_FILE, VOCABULARIES[config.alphabet].text)
     with whole_file(target / WEIGHTS_FILE) as beside:
-        save_file({name: np.ascontiguousarray(tensor) for name, tensor in weights.items()}, beside)
-        # safetensors lets nobody else read its files; a cache of encoders is shared
-        shutil.copymode(target / VOCABULARY_FILE, beside)
+        try:
+            write_tensors(beside, weights, form)
+        except FormatError as error:
+            raise DataError(f"{target / WEIGHTS_FILE}: {error}") from error
     write_whole(target / CONFIG_FILE, msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
