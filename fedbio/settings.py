@@ -85,6 +85,7 @@ from fedbio.settings_parts import (
     Transport,
     no_twins,
     parse_hidden,
+    text_form,
 )
 
 
@@ -155,11 +156,19 @@ class ReportSettings(Section):
     """The most proteins of a site on the map."""
 
 
+RunName = Annotated[
+    str,
+    text_form(
+        r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$", "letters, digits, _, dots and -, a letter or digit first, at most 63"
+    ),
+]
+
+
 class RunSettings(Section):
     """A server and all sites on this machine, each a process of its own."""
 
     party: Literal["all"] = "all"
-    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")] | None = None
+    run: RunName | None = None
     """Name of the run's folder under results/; null takes the data set's name."""
     dataset: str = "demo"
     """demo for synthetic proteins, the name of a known data set, or the path of a FASTA, CSV or TSV file."""
@@ -220,7 +229,12 @@ class RunSettings(Section):
 WorkflowName = Literal[
     "embed", "classify", "projection", "fedavg", "cyclic", "evaluation", "swarm", "split", "statistics", "custom"
 ]
-CodeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+CodeName = Annotated[
+    str,
+    text_form(
+        r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", "letters, digits, dots, _ and -, a letter or digit first, at most 128"
+    ),
+]
 
 
 class SiteSettings(Section):

@@ -17,6 +17,7 @@ import pydantic
 import yaml
 
 from fedbio.errors import SettingsError
+from fedbio.settings_parts import TEXT_FORMS
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -159,6 +160,8 @@ def _describe(problem: Any, model: type[pydantic.BaseModel]) -> str:
     if kind == "union_tag_invalid":
         tag, allowed = context["discriminator"], context["expected_tags"]
         return f"{key}: expected {tag} to be one of {allowed}, found {context['tag']!r}"
+    if kind == "string_pattern_mismatch" and (words := TEXT_FORMS.get(context["pattern"])):
+        return f"{key}: expected {words}, found {_shown(found)}"
     expected = {
         "greater_than_equal": "a number >= {ge}",
         "greater_than": "a number > {gt}",

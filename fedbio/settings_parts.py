@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "DRIVER",
     "SCHEMES",
+    "TEXT_FORMS",
     "Address",
     "DriverName",
     "FederationLimits",
@@ -20,6 +21,7 @@ __all__ = [
     "Transport",
     "no_twins",
     "parse_hidden",
+    "text_form",
 ]
 
 import typing
@@ -59,9 +61,29 @@ def no_twins(values: list[Any]) -> list[Any]:
 DRIVER = "grpc"
 """What moves frames where nothing else was said."""
 
-PartyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-DriverName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
-Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")]
+TEXT_FORMS: dict[str, str] = {}
+"""Regular expressions in words, for those whose text does not match."""
+
+
+def text_form(pattern: str, words: str) -> Any:
+    """Return a field whose text matches `pattern`, which messages call `words`."""
+    TEXT_FORMS[pattern] = words
+    return Field(pattern=pattern)
+
+
+PartyName = Annotated[
+    str,
+    text_form(r"^[a-z0-9][a-z0-9-]{0,62}$", "lower-case letters, digits and hyphens, the first no hyphen, at most 63"),
+]
+DriverName = Annotated[
+    str, text_form(r"^[a-z][a-z0-9_-]{0,62}$", "a driver's name: lower-case letters, digits, _ and -, at most 63")
+]
+Address = Annotated[
+    str,
+    text_form(
+        r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$", "HOST:PORT, for example fl.example.org:8443 or [::1]:8443"
+    ),
+]
 Hidden = Annotated[str, AfterValidator(_is_hidden)]
 Seconds = Annotated[float, Field(gt=0, le=1e7)]
 Count = Annotated[int, Field(ge=1, le=100_000)]

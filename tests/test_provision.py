@@ -125,4 +125,4 @@ def test_name_that_could_be_a_path_is_refused(name: str, tmp_path: Path, capsys:
     settings = tmp_path / "federation.yaml"
     settings.write_text(f"federation: demo\nserver: {{address: 'localhost:8443'}}\nsites: ['{name}']\n")
     assert main(["provision", str(settings), "-o", str(tmp_path / "kits")]) == 2
-    assert "sites.0: expected text of the form" in capsys.readouterr().err
+    assert "sites.0: expected lower-case letters, digits and hyphens" in capsys.readouterr().err
