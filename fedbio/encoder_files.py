@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedbio.errors import FormatError
+from fedbio.training_account import TRAINING_FILE
 from fedbio.vocabularies import VOCABULARY_FILE
 from fedbio.weights import CONFIG_FILE, WEIGHTS_FILE
 
@@ -42,7 +43,7 @@ class EncoderFolder:
     weights : tuple of Path
         One file, or all parts of a divided one.
     beside : tuple of Path
-        The other files that are needed to read it: the configuration, the list of parts, the vocabulary.
+        The other files that belong to it: the configuration, the list of parts, the vocabulary, how it was trained.
     """
 
     path: Path
@@ -103,8 +104,8 @@ def look_into(folder: Path) -> EncoderFolder:
             f"{settings}: says neither 'format' (an encoder folder of fedbio) nor 'model_type' (of Hugging Face); "
             "was it copied completely?"
         )
-    vocabulary = folder / VOCABULARY_FILE
-    beside = (settings, *lists, *((vocabulary,) if vocabulary.is_file() else ()))
+    known = [VOCABULARY_FILE, TRAINING_FILE] if form == "fedbio" else [VOCABULARY_FILE]
+    beside = (settings, *lists, *(folder / name for name in known if (folder / name).is_file()))
     return EncoderFolder(folder, form, config, weights, beside)
 
 

@@ -1,11 +1,23 @@
-"""Where encoders are found by name: the cache folder of this machine, and the public checkpoints that belong there.
+"""Where encoders are found by name: those that come with fedbio, and the cache folder of this machine.
 
 Nothing here downloads anything or imports torch, so that a server resolves names as a site does.
 """
 
 from __future__ import annotations
 
-__all__ = ["CACHE_VARIABLE", "KNOWN", "KnownEncoder", "cache_folder", "cached_path", "find_encoder"]
+__all__ = [
+    "CACHE_VARIABLE",
+    "DEFAULT_ENCODER",
+    "KNOWN",
+    "PACKAGED",
+    "KnownEncoder",
+    "cache_folder",
+    "cached_path",
+    "find_encoder",
+    "named_path",
+    "packaged_encoders",
+    "packaged_path",
+]
 
 import difflib
 import os
@@ -16,6 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedbio.errors import SettingsError
+
+DEFAULT_ENCODER = "esm1nv-44m"
+"""The encoder of settings and commands that name none."""
+
+PACKAGED = Path(__file__).parent / "encoders"
+"""Where the trained encoders lie that come with fedbio, each in a folder of its name."""
 
 CACHE_VARIABLE = "FEDBIO_ENCODERS"
 """Environment variable that names another cache folder."""
@@ -105,10 +123,32 @@ def cached_path(name: str, cache: str | os.PathLike[str] | None = None) -> Path 
     return None
 
 
+def packaged_path(name: str) -> Path | None:
+    """Return the folder of an encoder that comes with fedbio, or None if none has this name."""
+    if "/" in name or not _NAME.fullmatch(name):
+        return None
+    folder = PACKAGED / name
+    return folder if (folder / "config.json").is_file() else None
+
+
+def packaged_encoders() -> list[str]:
+    """Return the names of the trained encoders that come with fedbio, sorted."""
+    if not PACKAGED.is_dir():
+        return []
+    return sorted(each.name for each in PACKAGED.iterdir() if packaged_path(each.name) is not None)
+
+
+def named_path(name: str, cache: str | os.PathLike[str] | None = None) -> Path | None:
+    """Return where an encoder of this name lies, with fedbio or else in the cache, or None."""
+    return packaged_path(name) or cached_path(name, cache)
+
+
 def find_encoder(
     name: str, cache: str | os.PathLike[str] | None = None, *, built_in: Iterable[str] = ()
 ) -> Path | None:
-    """Return the file or folder that a person means: a path that exists, or a name in the cache.
+    """Return the file or folder that a person means.
+
+    It is, in this order, a path that exists, a name of an encoder that comes with fedbio, or a name in the cache.
 
     Parameters
     ----------
@@ -116,7 +156,7 @@ def find_encoder(
     cache : path-like, optional
         See `cache_folder`.
     built_in : iterable of str
-        Names that need no file; for them the answer is None.
+        Names that need no file; if nothing else has such a name, the answer is None.
 
     Raises
     ------
@@ -124,10 +164,8 @@ def find_encoder(
         If there is neither a path nor such a name; the message says how a known name is fetched.
     """
     built_in = tuple(built_in)
-    if name in built_in:
-        return None
-    found = Path(name) if Path(name).exists() else cached_path(name, cache)
-    if found is not None:
+    found = Path(name) if Path(name).exists() else named_path(name, cache)
+    if found is not None or name in built_in:
         return found
     if name in KNOWN:
         option = "" if cache is None else f" --cache {os.fspath(cache)}"
@@ -135,9 +173,10 @@ def find_encoder(
             f"encoder {name!r}: a known checkpoint, but not in the cache {cache_folder(cache)}; "
             f"fetch it once with: fedbio encoder fetch {name}{option}"
         )
-    near = difflib.get_close_matches(name, [*built_in, *KNOWN], n=1, cutoff=0.75)
+    here = [*packaged_encoders(), *built_in]
+    near = difflib.get_close_matches(name, [*here, *KNOWN], n=1, cutoff=0.75)
     hint = f"did you mean {near[0]!r}?" if near else "check the path, or see 'fedbio encoder list' for known names"
     raise SettingsError(
-        f"encoder {name!r}: neither a built-in name ({', '.join(built_in)}), nor a name in the cache "
+        f"encoder {name!r}: neither a built-in name ({', '.join(dict.fromkeys(here))}), nor a name in the cache "
         f"{cache_folder(cache)}, nor an existing folder or file; {hint}"
     )

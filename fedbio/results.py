@@ -60,7 +60,7 @@ CENTRAL = "central"
 
 
 class EncoderInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How proteins became vectors; two embeddings may be compared only if this is equal.
+    """How proteins became vectors; two embeddings may be compared only if they differ in nothing (`differing`).
 
     Parameters
     ----------
@@ -89,6 +89,8 @@ class EncoderInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     bins : str
         Of ``"ends"``, how many residues the bins hold: ``"start 20 40, end 10 30"`` are the first 20 and the 40 after
         them, the last 10 and the 30 before them. Empty for any other pooling.
+    perplexity : float or None
+        Of the encoder, at masked residues of proteins that were held out from its training; None if nobody has told.
     """
 
     name: str
@@ -101,10 +103,17 @@ class EncoderInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     max_residues: int
     long: Literal["cut", "window"]
     bins: str = ""
+    perplexity: float | None = None
 
     def differing(self, other: EncoderInfo) -> list[str]:
-        """Name the fields in which two differ, in order, and of several that differ for one reason only that one."""
-        names = [name for name in self.__struct_fields__ if getattr(self, name) != getattr(other, name)]
+        """Name the fields in which two differ, in order, and of several that differ for one reason only that one.
+
+        The perplexity is not among them: it is told of the weights, and they have their SHA-256.
+        """
+        told = ("perplexity",)
+        names = [
+            name for name in self.__struct_fields__ if name not in told and getattr(self, name) != getattr(other, name)
+        ]
         if self.pooling != other.pooling:
             names = [name for name in names if name not in ("width", "bins")]
         return names

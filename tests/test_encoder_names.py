@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fedbio.encoder_names import KNOWN, cache_folder, cached_path, find_encoder
+from fedbio.encoder_names import (
+    KNOWN,
+    cache_folder,
+    cached_path,
+    find_encoder,
+    packaged_encoders,
+    packaged_path,
+)
 from fedbio.errors import SettingsError
 
 
@@ -15,6 +22,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FEDBIO_ENCODERS", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("fedbio.encoder_names.PACKAGED", tmp_path / "encoders")
+    return tmp_path / "encoders"
 
 
 def test_an_option_comes_before_the_environment_and_that_before_the_platform(
@@ -48,12 +61,33 @@ def test_files_and_folders_are_found_by_name(cache: Path) -> None:
     assert find_encoder("esm1nv") == cache / "esm1nv.nemo"
 
 
-def test_a_path_comes_before_a_name_and_a_built_in_name_before_both(cache: Path) -> None:
+def test_a_path_comes_first_then_what_comes_with_fedbio_then_the_cache_then_what_is_untrained(
+    cache: Path, packaged: Path
+) -> None:
+    assert find_encoder("mine", built_in=["mine"]) is None
     cache.mkdir()
     (cache / "mine.pt").touch()
+    assert find_encoder("mine", built_in=["mine"]) == cache / "mine.pt"
+    (packaged / "mine").mkdir(parents=True)
+    assert find_encoder("mine") == cache / "mine.pt"  # an empty folder is no encoder
+    (packaged / "mine" / "config.json").touch()
+    assert find_encoder("mine", built_in=["mine"]) == packaged / "mine"
     Path("mine").mkdir()
-    assert find_encoder("mine") == Path("mine")
-    assert find_encoder("mine", built_in=["mine"]) is None
+    assert find_encoder("mine", built_in=["mine"]) == Path("mine")
+
+
+def test_what_comes_with_fedbio_is_listed_and_named_to_who_misspells_it(cache: Path, packaged: Path) -> None:
+    assert packaged_encoders() == []
+    for name in ("second", "first"):
+        (packaged / name).mkdir(parents=True)
+        (packaged / name / "config.json").touch()
+    (packaged / "README.md").touch()
+    assert packaged_encoders() == ["first", "second"]
+    with pytest.raises(
+        SettingsError, match=r"neither a built-in name \(first, second, arch\), .*; did you mean 'second'"
+    ):
+        find_encoder("secund", built_in=["arch"])
+    assert packaged_path("../encoders/first") is None
 
 
 @pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/etc/passwd.pt", "..", "a/b/c", ".hidden"])
@@ -74,7 +108,7 @@ def test_a_known_checkpoint_that_is_not_here_comes_with_the_command_that_fetches
         find_encoder("esm1b_t33_650M_UR50S", "other")
 
 
-def test_a_misspelt_name_gets_the_nearest(cache: Path) -> None:
+def test_a_misspelt_name_gets_the_nearest(cache: Path, packaged: Path) -> None:
     with pytest.raises(SettingsError, match=r"did you mean 'esm2_t12_35M_UR50D'\?"):
         find_encoder("esm2_t12_35M_UR50")
     with pytest.raises(SettingsError, match=r"neither a built-in name \(esm1nv-44m\), .*; check the path, or see"):

@@ -267,7 +267,7 @@ def _forgets_what_is_quantized(header: dict[str, Any]) -> None:
         (_says_more, r"tensor 'layers\.0\.up\.weight': shape .* of U8 takes"),
         (_claims_a_giant, r"tensor 'layers\.0\.up\.weight': int8 of shape \[1073741824, 1024\] is stored as U8"),
         (_names_another_scheme, r"quantized as 'nf4'; accepted here: int8"),
-        (_forgets_what_is_quantized, r"expected float32 or float16 of shape \[64, 32\], found uint8 of shape"),
+        (_forgets_what_is_quantized, r"expected float32 or float16 of shape \[32, 64\], found uint8 of shape"),
     ],
 )
 def test_a_hostile_header_is_refused_by_what_it_claims(

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from fedbio.compartments import named_classes
+from fedbio.encoder_names import DEFAULT_ENCODER
 
 EXAMPLE = "fedbio embed proteins.fasta -o proteins.h5 --encoder esm2_t6_8M_UR50D.pt"
 
@@ -21,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="FILE", help="proteins: FASTA, CSV or TSV, plain or .gz")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="EMB.h5", help="embeddings file to make")
     parser.add_argument(
-        "--encoder", default="esm1nv-44m", help="built-in name, name in the cache, checkpoint file or folder"
+        "--encoder", default=DEFAULT_ENCODER, help="name (see fedbio encoder list), checkpoint file or folder"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights of an untrained encoder")
     parser.add_argument("--sha256", metavar="DIGEST", help="digest that the weights must have")

@@ -91,7 +91,7 @@ def _show(args: argparse.Namespace) -> dict[str, Any]:
             f"made with {'trained' if encoder['trained'] else 'untrained'} encoder {encoder['name']}:"
         )
         for name, value in encoder.items():
-            if name not in ("name", "trained", "width"):
+            if name not in ("name", "trained", "width") and value not in (None, ""):
                 print(f"  {name:<14} {value}")
     return facts
 

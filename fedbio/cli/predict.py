@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _embed(args: argparse.Namespace, output: Path, trained_with: EncoderInfo) -> None:
     """Embed the proteins with the model's encoder; another one is refused before any work."""
     from fedbio.encoder import BUILT_IN, embed_file
-    from fedbio.encoder_names import cached_path
+    from fedbio.encoder_names import named_path
 
-    known = trained_with.name in BUILT_IN or cached_path(trained_with.name) is not None
+    known = trained_with.name in BUILT_IN or named_path(trained_with.name) is not None
     if args.encoder is None and not known:
         raise DataError(
             f"{args.model}: trained with the encoder {trained_with.name!r} of SHA-256 {trained_with.weights_sha256}; "

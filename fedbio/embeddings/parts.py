@@ -98,7 +98,7 @@ class Parts:
                 check_same_encoder(begun_with, info, where=str(path), remedy=remedy)
                 if found != manifest:
                     log.warning("unfinished work on other proteins thrown away folder=%s", self.folder)
-            if found == manifest and begun_with == info:
+            if found == manifest and not begun_with.differing(info):
                 self._find(trusted=False)
                 return
         # shards without their manifest are of unknown work: a deletion was broken off

@@ -26,6 +26,7 @@ from fedbio.encoder.setup import EncoderChoice, Setup
 from fedbio.encoder.source import Source, StrPath
 from fedbio.encoder.work import Work, count_residues
 from fedbio.encoder.workers import choose_devices, compute_with_workers
+from fedbio.encoder_names import DEFAULT_ENCODER
 from fedbio.errors import DataError
 from fedbio.files import exclusive_lock
 from fedbio.progress import Progress
@@ -67,7 +68,7 @@ def embed_file(
     source: StrPath,
     output: StrPath,
     *,
-    encoder: StrPath = "esm1nv-44m",
+    encoder: StrPath = DEFAULT_ENCODER,
     seed: int = 0,
     expected_sha256: str | None = None,
     dtype: str = "auto",
@@ -95,7 +96,7 @@ def embed_file(
         The embeddings file to make. If it is there and holds these proteins, nothing is done; if it holds most of
         what it held before, it is brought up to date.
     encoder : str or path-like
-        What `fedbio.encoder.load_encoder_weights` takes: a built-in architecture, a checkpoint, a name in the cache.
+        What `fedbio.encoder.load_encoder_weights` takes: a checkpoint, or the name of an encoder.
     seed : int
         Of the random weights of a built-in architecture.
     expected_sha256 : str, optional

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fedbio.encoder.checkpoint import load_encoder_weights
+from fedbio.encoder.checkpoint import read_encoder
 from fedbio.encoder.inference import Inference, Pooling, choose_device, choose_dtype
 from fedbio.encoder.memory import bound_kernel_caches, fitting_budget, needed_bytes
 from fedbio.encoder.packs import Plan, make_plan
 from fedbio.encoder.source import StrPath
+from fedbio.encoder_names import DEFAULT_ENCODER
 from fedbio.errors import RefusedError, SettingsError
 from fedbio.results import EncoderInfo
-from fedbio.weights import weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ BATCH_RESIDUES = {"cpu": 2048, "cuda": 65_536}
 class EncoderChoice:
     """Which encoder, and how it shall compute; the fields are those of `fedbio.encoder.embed_file`."""
 
-    encoder: StrPath = "esm1nv-44m"
+    encoder: StrPath = DEFAULT_ENCODER
     seed: int = 0
     expected_sha256: str | None = None
     dtype: str = "auto"
@@ -72,14 +72,14 @@ class Setup:
         self.choice = choice
         self.device = choose_device(choice.device.split(",")[0].strip())
         self.dtype = choose_dtype(choice.dtype, self.device)
-        self.config, self.weights = load_encoder_weights(choice.encoder, seed=choice.seed)
-        digest = weights_digest(self.weights)
+        loaded = read_encoder(choice.encoder, seed=choice.seed)
+        self.config, self.weights, digest = loaded.config, loaded.weights, loaded.sha256
         if choice.expected_sha256 not in (None, digest):
             raise RefusedError(
                 f"encoder {str(choice.encoder)!r}: its weights have SHA-256 {digest}, "
                 f"but {choice.expected_sha256} is expected; nothing was embedded"
             )
-        self.info = self._find_info(digest)
+        self.info = self._find_info(digest, None if loaded.account is None else loaded.account.perplexity)
         self.budget, self.needed_bytes = self._find_budget()
         if not self.info.trained:
             log.warning("untrained encoder name=%s sha256=%.12s", self.info.name, digest)
@@ -103,7 +103,7 @@ class Setup:
             layer=choice.layer,
         )
 
-    def _find_info(self, digest: str) -> EncoderInfo:
+    def _find_info(self, digest: str, perplexity: float | None) -> EncoderInfo:
         choice, config = self.choice, self.config
         if choice.pooling not in get_args(Pooling):
             raise SettingsError(f"pooling {choice.pooling!r}: expected {', '.join(get_args(Pooling))}")
@@ -120,6 +120,7 @@ class Setup:
             dtype=str(self.dtype).removeprefix("torch."),
             max_residues=config.max_residues,
             long=choice.long,
+            perplexity=perplexity,
         )
 
     def _find_budget(self) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["TRAINING_FILE", "write_encoder"]
+__all__ = ["write_encoder"]
 
 import platform
 from pathlib import Path
@@ -17,12 +17,12 @@ from fedbio.encoder.pretraining.checkpoints import Progress
 from fedbio.encoder.pretraining.corpus import CorpusFacts
 from fedbio.encoder.pretraining.recipe import Recipe
 from fedbio.files import write_whole
+from fedbio.training_account import TRAINING_FILE
 from fedbio.weights import Weights, weights_digest, write_weights
 
 if TYPE_CHECKING:
     from fedbio.encoder.pretraining.run import Start
 
-TRAINING_FILE = "training.json"
 
 
 def write_encoder(

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from fedbio.encoder_files import file_form, look_into
-from fedbio.encoder_names import KNOWN, cached_path, find_encoder
+from fedbio.encoder_names import KNOWN, find_encoder, named_path
 from fedbio.errors import FederationError, InputError, ProtocolError, SettingsError, TransportError
 from fedbio.federation.controller import Controller, Runtime
 from fedbio.federation.job_files import PLAIN_NAME
@@ -17,7 +17,6 @@ from fedbio.federation.model import FLModel
 from fedbio.federation.workflows.study import Embedded, EmbedSpec, WeightsFile, meta, read_meta
 from fedbio.files import sha256_file
 from fedbio.settings import EmbedJob
-from fedbio.weights import ESM1NV
 
 
 class Embed(Controller):
@@ -83,7 +82,7 @@ class Embed(Controller):
 
 
 def encoder_files(name: str) -> list[Path]:
-    """Return the files of an encoder that is given by its path or by a name in this machine's cache.
+    """Return the files of an encoder, given by its path or by a name (`fedbio.encoder_names.named_path`).
 
     They are sent as they are, of whatever form, and each site reads them; so the server needs no torch.
 
@@ -98,12 +97,10 @@ def encoder_files(name: str) -> list[Path]:
         If the name looks like a path and nothing is there, if it is that of a checkpoint which is not in the cache, or
         if sites could not keep a file under its name.
     """
-    if name == ESM1NV.name:
-        return []
-    if not Path(name).exists() and name not in KNOWN and cached_path(name) is None:
+    if not Path(name).exists() and name not in KNOWN and named_path(name) is None:
         if "/" in name or Path(name).suffix in (".pt", ".nemo", ".safetensors"):
             raise SettingsError(f"encoder.name: {name}: there is no such file or folder at the server; check the path")
-        return []  # an architecture of another release, perhaps: the sites will say
+        return []  # the built-in architecture, or one of another release: the sites will say
     try:
         path = find_encoder(name)
         assert path is not None
