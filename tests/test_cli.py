@@ -42,6 +42,30 @@ def test_an_unknown_command_is_refused() -> None:
     result = fedbio("embedd", "x.fasta")
     assert result.returncode == 2
     assert "invalid choice: 'embedd'" in result.stderr
+    assert "did you mean embed?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (
+            ["embed", "x.fasta", "-o", "x.h5", "--poling", "max"],
+            "unrecognized arguments: --poling max; did you mean --pooling?",
+        ),
+        (["embed", "x.fasta", "-o", "x.h5", "--poling=max"], "did you mean --pooling?"),
+        (["embed", "x.fasta", "-o", "x.h5", "--long", "windows"], "did you mean window?"),
+        (["job", "lst"], "did you mean list?"),
+        (["job", "submit", "job.yaml", "--kit", "kit", "--jsno"], "did you mean --json?"),
+        # short for nothing: what it means would change with the next option
+        (["embed", "x.fasta", "--outp", "x.h5"], "the following arguments are required: -o/--output"),
+    ],
+)
+def test_misspelt_words_are_answered_with_the_nearest(words: list[str], near: str) -> None:
+    result = fedbio(*words)
+    assert result.returncode == 2
+    assert near in result.stderr
+    assert f"fedbio {words[0]}" in result.stderr
+    assert "--help shows what there is" in result.stderr
 
 
 def test_no_command_at_all_shows_the_help() -> None:

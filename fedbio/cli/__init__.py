@@ -21,6 +21,7 @@ from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 from fedbio import __version__
+from fedbio.cli.parsers import Parser, subparsers_of
 from fedbio.errors import FedbioError
 
 COMMANDS = {
@@ -119,7 +120,7 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
 def _overview() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
     listing = "\n".join(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fedbio",
         usage="fedbio COMMAND [INPUTS] [OPTIONS]",
         description="Federated learning from protein sequences that stay where they are.",
@@ -139,19 +140,14 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 
 def _command_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"fedbio {name}",
         description=COMMANDS[name],
         epilog=f"example:\n  {module.EXAMPLE.strip()}",
         formatter_class=_HelpFormatter,
     )
     module.configure(parser)
-    subparsers = [
-        sub
-        for action in parser._actions
-        if isinstance(action, argparse._SubParsersAction)
-        for sub in action.choices.values()
-    ]
+    subparsers = subparsers_of(parser)
     for each in (*subparsers, *(() if subparsers else (parser,))):
         each.formatter_class = _HelpFormatter
         each.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
