@@ -159,7 +159,9 @@ def _describe(problem: Any, model: type[pydantic.BaseModel]) -> str:
         return f"{key}: missing key {context['discriminator']}"
     if kind == "union_tag_invalid":
         tag, allowed = context["discriminator"], context["expected_tags"]
-        return f"{key}: expected {tag} to be one of {allowed}, found {context['tag']!r}"
+        near = difflib.get_close_matches(str(context["tag"]), re.findall(r"'([^']*)'", allowed), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{key}: expected {tag} to be one of {allowed}, found {context['tag']!r}{hint}"
     if kind == "string_pattern_mismatch" and (words := TEXT_FORMS.get(context["pattern"])):
         return f"{key}: expected {words}, found {_shown(found)}"
     expected = {

@@ -77,7 +77,7 @@ def test_jobs_file_suggests_keys_of_the_chosen_workflow(tmp_path: Path) -> None:
     assert problems_of(tmp_path, text, settings.JobsFile).splitlines() == [
         "config.yaml: jobs.0.encodr: unknown key; did you mean 'encoder'?",
         "config.yaml: jobs.1: expected 'workflow' to be one of 'embed', 'classify', 'projection', 'fedavg', 'cyclic', "
-        "'evaluation', 'swarm', 'split', 'statistics', 'custom', found 'clasify'",
+        "'evaluation', 'swarm', 'split', 'statistics', 'custom', found 'clasify'; did you mean 'classify'?",
     ]
 
 
