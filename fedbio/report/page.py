@@ -19,7 +19,17 @@ from fedbio.report.ledger import kinds_sent, ledger_table, statement
 from fedbio.report.plates import MANY_SITES, Table
 from fedbio.report.site_plates import counts_plate, map_plate
 from fedbio.report.study import Study
-from fedbio.report.words import NONE, bytes_words, duration, interval, named, percent, verdict
+from fedbio.report.words import (
+    NONE,
+    bytes_words,
+    duration,
+    encoder_words,
+    interval,
+    named,
+    percent,
+    perplexity_words,
+    verdict,
+)
 
 if TYPE_CHECKING:
     import markupsafe
@@ -56,6 +66,7 @@ def write_page(study: Study, path: str | os.PathLike[str]) -> Path:
     html = environment.get_template("report.html.j2").render(
         whose=whose,
         own=run.own,
+        encoder_name=encoder_words(run.encoder),
         verdict=verdict(study),
         notices=_notices(study),
         tiles=_tiles(study),
@@ -170,13 +181,19 @@ def _encoder_table(run: Run) -> Table:
     if encoder is None:
         return Table("Encoder", ["Property", "Value"], [])
     cut = {"cut": "the rest is cut off", "window": "longer ones are covered by overlapping windows"}[encoder.long]
-    how = {"mean": "mean over residues", "max": "maximum over residues", "start": "start token"}
+    how = {
+        "mean": "mean over residues",
+        "ends": f"means over all residues and over those at the ends ({encoder.bins})",
+        "max": "maximum over residues",
+        "start": "start token",
+    }
     return Table(
         "Encoder",
         ["Property", "Value"],
         [
             ["Name", encoder.name],
             ["Weights", "trained" if encoder.trained else "untrained: random numbers from a fixed seed"],
+            *([] if encoder.perplexity is None else [["Perplexity", perplexity_words(encoder.perplexity)]]),
             ["SHA-256 of the weights", encoder.weights_sha256],
             [
                 "Embedding",

@@ -7,6 +7,7 @@ __all__ = [
     "Verdict",
     "bytes_words",
     "duration",
+    "encoder_words",
     "gain_with_interval",
     "headline_line",
     "how_many_sites",
@@ -14,6 +15,7 @@ __all__ = [
     "named",
     "not_above_zero",
     "percent",
+    "perplexity_words",
     "points",
     "verdict",
     "with_interval",
@@ -25,12 +27,28 @@ from dataclasses import dataclass
 
 from fedbio.report.bootstrap import Estimate
 from fedbio.report.study import Study
+from fedbio.results import EncoderInfo
 
 NONE = "–"
 """What a table shows where there is no number."""
 
 MOST_NAMES = 6
 """The most names in a row."""
+
+
+def encoder_words(encoder: EncoderInfo | None) -> str:
+    """Return ``encoder esm1nv-mini, perplexity 11.20``, or nothing for nothing."""
+    if encoder is None:
+        return ""
+    told = "untrained" if not encoder.trained else None
+    if encoder.trained and encoder.perplexity is not None:
+        told = f"perplexity {encoder.perplexity:.2f}"
+    return f"encoder {encoder.name}" + (f", {told}" if told else "")
+
+
+def perplexity_words(perplexity: float) -> str:
+    """Say what a perplexity was measured on, since the number alone tells nothing."""
+    return f"{perplexity:.2f} at masked residues of held-out proteins"
 
 
 def named(parties: Sequence[str]) -> str:

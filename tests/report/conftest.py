@@ -54,6 +54,7 @@ class InventedRun:
         with_map: bool = True,
         absent: str | None = None,
         trained: bool = False,
+        perplexity: float | None = None,
         synthetic: bool = True,
     ) -> None:
         self.folder, self.mlps, self.seeds, self.rounds = folder, mlps, seeds, rounds
@@ -85,6 +86,7 @@ class InventedRun:
             dtype="float32",
             max_residues=510,
             long="cut",
+            perplexity=perplexity,
         )
         self.curves: dict[tuple[str, str, int], tuple[int, list[Metric]]] = {}
         for party in (*self.names, FEDERATED, CENTRAL):

@@ -66,6 +66,19 @@ def test_page_says_plainly_that_proteins_are_synthetic_and_the_encoder_untrained
     assert text.index("Synthetic proteins.") < text.index("Figure 1.")
 
 
+def test_page_names_an_untrained_encoder_as_one_from_its_first_line(page: str) -> None:
+    assert "encoder esm1nv-44m, untrained" in Outline(page).text
+    assert "perplexity" not in Outline(page).text.lower()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_page_tells_the_perplexity_beside_the_encoders_name(invent: Callable[..., Path]) -> None:
+    text = Outline(page_of(invent(trained=True, perplexity=11.204))).text
+    assert text.index("encoder esm1nv-44m, perplexity 11.20") < text.index("Figure 1.")
+    assert "11.20 at masked residues of held-out proteins" in text
+    assert "ntrained" not in text
+
+
 def test_page_has_all_sections_and_figures(page: str) -> None:
     outline = Outline(page)
     sections = ["size", "sites", "compartments", "who", "rounds", "map", "left", "made"]
