@@ -50,8 +50,9 @@ class EncoderSettings(Section):
     """SHA-256 that the weights must have; null takes them as they are and records it."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the random weights of a built-in architecture."""
-    pooling: Literal["mean", "max", "start"] = "mean"
-    """How the vectors of residues become one: their average, their maximum, or that of the start token."""
+    pooling: Literal["mean", "ends", "max", "start"] = "mean"
+    """How the vectors of residues become one: their average, the same beside averages at both ends, their maximum, or
+    that of the start token."""
     layer: Annotated[int, Field(ge=0)] | None = None
     """The layer whose output is taken, 0 for the input of the first; null takes the last."""
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"

@@ -52,10 +52,11 @@ def given(proteins: dict[str, str]) -> Proteins:
     return lambda: iter(proteins.items())
 
 
-@pytest.mark.parametrize("pooling", ["mean", "residues"])
+@pytest.mark.parametrize("pooling", ["mean", "ends", "residues"])
 @pytest.mark.parametrize("form", FORMS)
 def test_there_and_back_gives_the_same_bytes(tmp_path: Path, form: Form, pooling: str) -> None:
-    source = store(tmp_path / "a.h5", info=msgspec.structs.replace(INFO, pooling=pooling))
+    bins = "start 2, end 3" if pooling == "ends" else ""
+    source = store(tmp_path / "a.h5", info=msgspec.structs.replace(INFO, pooling=pooling, bins=bins))
     assert to_flat(source, tmp_path / "flat.h5", form, proteins=given(PROTEINS)) == 5
     assert from_flat(tmp_path / "flat.h5", tmp_path / "back.h5") == 5
     assert sha256_file(tmp_path / "back.h5") == sha256_file(source)

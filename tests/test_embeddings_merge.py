@@ -117,7 +117,12 @@ def test_one_id_twice_in_a_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "found"),
-    [("layer", 1, "layer is 1, not 2"), ("pooling", "max", "pooling is 'max', not 'mean'"), ("dtype", "int8", "dtype")],
+    [
+        ("layer", 1, "layer is 1, not 2"),
+        ("pooling", "max", "pooling is 'max', not 'mean'"),
+        ("dtype", "int8", "dtype"),
+        ("bins", "start 50, end 50", "bins is 'start 50, end 50', not ''"),
+    ],
 )
 def test_two_encoders_are_refused(tmp_path: Path, name: str, value: object, found: str) -> None:
     one = store(tmp_path / "1.h5", {"a": "MK"})

@@ -28,9 +28,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sha256", metavar="DIGEST", help="digest that the weights must have")
     parser.add_argument(
         "--pooling",
-        choices=["mean", "max", "start", "residues"],
+        choices=["mean", "ends", "max", "start", "residues"],
         default="mean",
-        help="average over residues, their maximum, the start token, or one row per residue (large)",
+        help="average over residues, the same beside averages at both ends, their maximum, the start token, or one row "
+        "per residue (large)",
     )
     parser.add_argument(
         "--layer",

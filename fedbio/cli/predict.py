@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _embed(args: argparse.Namespace, output: Path, trained_with: EncoderInfo) -> None:
     """Embed the proteins with the model's encoder; another one is refused before any work."""
     from fedbio.encoder import BUILT_IN, embed_file
+    from fedbio.encoder.bins import bins_name
     from fedbio.encoder_names import named_path
 
     known = trained_with.name in BUILT_IN or named_path(trained_with.name) is not None
@@ -78,6 +79,11 @@ def _embed(args: argparse.Namespace, output: Path, trained_with: EncoderInfo) ->
         raise DataError(
             f"{args.model}: trained with the encoder {trained_with.name!r} of SHA-256 {trained_with.weights_sha256}; "
             "give its folder or file with --encoder"
+        )
+    if trained_with.bins not in ("", bins_name()):
+        raise DataError(
+            f"{args.model}: trained on averages over other bins ({trained_with.bins}) than this release makes "
+            f"({bins_name()}); train again, or predict with the release that trained it"
         )
     encoder = args.encoder or trained_with.name
     try:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from fedbio.compartments import COMPARTMENTS
 from fedbio.embeddings import RESIDUES, Embeddings, Parts, check_same_encoder, write_stream
 from fedbio.encoder.compute import compute
-from fedbio.encoder.inference import Pooling
 from fedbio.encoder.memory import check_memory
+from fedbio.encoder.pooling import Pooling
 from fedbio.encoder.room import check_room, clear_leftovers
 from fedbio.encoder.rows import Assembly, KnownRows
 from fedbio.encoder.setup import EncoderChoice, Setup
@@ -107,8 +107,9 @@ def embed_file(
         See `fedbio.encoder.workers.choose_devices`; of several, each gets a process of its own.
     long : {"window", "cut"}
         What to do with proteins longer than the encoder takes: pool over overlapping windows, or use their beginning.
-    pooling : {"mean", "max", "start", "residues"}
-        The average over residues, their maximum, the start token (its average over windows), or a row per residue.
+    pooling : {"mean", "ends", "max", "start", "residues"}
+        The average over residues, the same beside those of `fedbio.encoder.bins`, their maximum, the start token (its
+        average over windows), or a row per residue.
     layer : int, optional
         The layer whose output is taken, 0 for the input of the first; by default the last.
     batch_residues : int, optional

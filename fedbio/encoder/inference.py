@@ -1,8 +1,8 @@
-"""Run the encoder on packs of pieces, on the device and in the arithmetic that suit, and pool over residues."""
+"""Run the encoder on packs of pieces, on the device and in the arithmetic that suit."""
 
 from __future__ import annotations
 
-__all__ = ["Inference", "Pooling", "choose_device", "choose_dtype"]
+__all__ = ["Inference", "choose_device", "choose_dtype"]
 
 import itertools
 import logging
@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,13 +21,11 @@ from fedbio.encoder.alphabet import ALPHABETS
 from fedbio.encoder.cpu import CpuEncoder
 from fedbio.encoder.network import Encoder, Runs, send
 from fedbio.encoder.packs import ENDS, Plan
+from fedbio.encoder.pooling import Pooling, Span, pool
 from fedbio.errors import MachineError, SettingsError
 from fedbio.weights import EncoderConfig, Weights
 
 log = logging.getLogger(__name__)
-
-Pooling = Literal["mean", "max", "start", "residues"]
-"""How the vectors of a protein's residues become its embedding."""
 
 # a CPU's thread computes so many tokens at a time: fewer make more small products, more do not stay in its cache
 _PART_TOKENS = 1024
@@ -99,8 +96,8 @@ class Inference:
         See `choose_device` and `choose_dtype`.
     threads : int, optional
         CPU threads; by default as many as this process may use.
-    pooling : {"mean", "max", "start", "residues"}
-        What becomes of the vectors of a piece's residues, see `pack`.
+    pooling : {"mean", "ends", "max", "start", "residues"}
+        What becomes of the vectors of a piece's residues, see `fedbio.encoder.pooling.pool`.
     layer : int, optional
         After how many layers to stop, 0 for the embedding alone; by default after all of them and the final norm.
 
@@ -161,9 +158,8 @@ class Inference:
 
         Returns
         -------
-        ndarray, shape (n, D), float32
-            For each piece the sum over the residues that count (mean) or their maximum (max) or the vector of the start
-            token (start); or the vectors of all residues that count, piece after piece (residues).
+        ndarray, shape (rows, width of a row), float32
+            See `fedbio.encoder.pooling.pool`.
         """
         return next(self.packs(sequences, plan, [number]))
 
@@ -225,9 +221,7 @@ class Inference:
         counts = np.diff(changes, append=len(lengths))
         runs = list(zip(counts.tolist(), lengths[changes].tolist(), strict=True))
         hidden = self._network(send(torch.from_numpy(tokens), self.device), runs, self.layer)  # (T, D)
-        counted = plan.pool_end[first:last] - plan.pool_begin[first:last]
-        before = plan.pool_begin[first:last] - begin + 1
-        vectors = pool(hidden, lengths, before, counted, self.pooling)
+        vectors = pool(hidden, Span(plan, first, last), self.pooling)
         if self.device.type == "cpu":
             return vectors.numpy()
         received = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
@@ -261,34 +255,3 @@ def _lanes(threads: int) -> ThreadPoolExecutor:
 def _join(futures: list[Future[NDArray[np.float32]]]) -> NDArray[np.float32]:
     arrays = [future.result() for future in futures]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def pool(
-    hidden: Tensor, lengths: NDArray[np.int64], before: NDArray[np.int64], counted: NDArray[np.int64], pooling: Pooling
-) -> Tensor:
-    """Turn the vectors of tokens into those of pieces.
-
-    Parameters
-    ----------
-    hidden : Tensor, shape (T, D), float32
-    lengths, before, counted : ndarray, shape (pieces,), int64
-        Tokens of each piece; how many of them stand before the residues that count; how many residues count.
-    pooling : {"mean", "max", "start", "residues"}
-
-    Returns
-    -------
-    Tensor, shape (pieces, D) or (sum of counted, D), float32
-        See `Inference.pack`.
-    """
-    if pooling == "start":
-        return hidden[send(torch.from_numpy(np.cumsum(lengths) - lengths), hidden.device)]
-    # start token and left context, residues that count, right context and end token: every second of three is wanted
-    parts = np.stack([before, counted, lengths - before - counted], axis=1).reshape(-1)
-    if pooling == "residues":
-        wanted = np.repeat(np.resize([False, True, False], len(parts)), parts)
-        return hidden[send(torch.from_numpy(np.flatnonzero(wanted)), hidden.device)]
-    how = "sum" if pooling == "mean" else "max"
-    # unsafe leaves out checks for which the device's queue would have to be emptied; the parts sum up to T
-    return torch.segment_reduce(hidden, how, lengths=send(torch.from_numpy(parts), hidden.device), axis=0, unsafe=True)[
-        1::3
-    ]

@@ -45,7 +45,9 @@ def read_size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def needed_bytes(config: EncoderConfig, weights_bytes: int, *, budget: int, on_cpu: bool) -> int:
+def needed_bytes(
+    config: EncoderConfig, weights_bytes: int, *, budget: int, on_cpu: bool, row_width: int | None = None
+) -> int:
     """Return the memory of this process for a pack of `budget` tokens, without what grows with the proteins.
 
     Parameters
@@ -57,9 +59,14 @@ def needed_bytes(config: EncoderConfig, weights_bytes: int, *, budget: int, on_c
         Tokens in a pack.
     on_cpu : bool
         Whether the pack is computed here, and not on an accelerator.
+    row_width : int, optional
+        Numbers of a row, if these are more than the encoder's width.
     """
     # the weights as they were read, and in the arithmetic and order of inference
     fixed = BASE_BYTES + 2 * weights_bytes + _HEAD_PROTEINS * PROTEIN_BYTES
+    # rows that are on their way, beyond those as wide as the encoder, which are in the base
+    wider = max((row_width or 0) - config.width, 0)
+    fixed += 4 * wider * (_ROWS_AHEAD + _PACKS_AHEAD * budget // _SHORT_TOKENS)
     if not on_cpu:
         return fixed
     longest = min(config.max_residues + ENDS, budget)
@@ -71,9 +78,23 @@ def needed_bytes(config: EncoderConfig, weights_bytes: int, *, budget: int, on_c
 
 
 _MOST_SCORES = 2**30
+_ROWS_AHEAD = 1_024
+"""Rows that are read, joined and written at once."""
+_PACKS_AHEAD = 4
+"""Packs whose rows wait to be written while the next ones are computed."""
+_SHORT_TOKENS = 32
+"""A pack of many rows is one of peptides."""
 
 
-def fitting_budget(config: EncoderConfig, weights_bytes: int, *, default: int, memory: int | None, on_cpu: bool) -> int:
+def fitting_budget(
+    config: EncoderConfig,
+    weights_bytes: int,
+    *,
+    default: int,
+    memory: int | None,
+    on_cpu: bool,
+    row_width: int | None = None,
+) -> int:
     """Return the tokens of a pack: `default`, or as many as keep within `memory`.
 
     A function of the settings alone, never of what the machine has free, since the plan depends on it.
@@ -85,10 +106,14 @@ def fitting_budget(config: EncoderConfig, weights_bytes: int, *, default: int, m
     """
     if memory is None:
         return default
+
+    def needed_by(budget: int) -> int:
+        return needed_bytes(config, weights_bytes, budget=budget, on_cpu=on_cpu, row_width=row_width)
+
     budget = default
-    while budget > 128 and needed_bytes(config, weights_bytes, budget=budget, on_cpu=on_cpu) > memory:
+    while budget > 128 and needed_by(budget) > memory:
         budget //= 2
-    needed = needed_bytes(config, weights_bytes, budget=budget, on_cpu=on_cpu)
+    needed = needed_by(budget)
     if needed > memory:
         raise MachineError(
             f"memory of {memory / 2**20:,.0f} MiB: {config.name} takes about {needed / 2**20:,.0f} MiB with the "

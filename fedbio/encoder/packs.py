@@ -33,6 +33,8 @@ class Plan:
         The residues that the encoder sees.
     pool_begin, pool_end : ndarray, shape (pieces,), int64
         The residues among them that count: with windows, each residue of a protein counts in one piece only.
+    counted : ndarray, shape (pieces,), int64
+        How many residues of its protein count, in this piece and in others.
     packs : ndarray, shape (packs + 1,), int64
         Pack k holds the pieces from ``packs[k]`` to ``packs[k + 1]``.
     """
@@ -42,6 +44,7 @@ class Plan:
     end: NDArray[np.int64]
     pool_begin: NDArray[np.int64]
     pool_end: NDArray[np.int64]
+    counted: NDArray[np.int64]
     packs: NDArray[np.int64]
 
     @property
@@ -73,10 +76,14 @@ def make_plan(lengths: Sequence[int] | Integers, *, max_residues: int, windows: 
     whole = np.asarray(lengths, dtype=np.int64)
     long = np.flatnonzero(whole > max_residues) if windows else np.empty(0, dtype=np.int64)
     short = np.setdiff1d(np.arange(len(whole)), long, assume_unique=True)
-    pieces = np.zeros((5, len(short)), dtype=np.int64)  # protein, begin, end, pool_begin, pool_end
+    pieces = np.zeros((6, len(short)), dtype=np.int64)  # protein, begin, end, pool_begin, pool_end, counted
     pieces[0] = short
-    pieces[2] = pieces[4] = np.minimum(whole[short], max_residues)
-    cut = [(protein, *window) for protein in long.tolist() for window in _windows(int(whole[protein]), max_residues)]
+    pieces[2] = pieces[4] = pieces[5] = np.minimum(whole[short], max_residues)
+    cut = [
+        (protein, *window, int(whole[protein]))
+        for protein in long.tolist()
+        for window in _windows(int(whole[protein]), max_residues)
+    ]
     if cut:
         pieces = np.concatenate([pieces, np.array(cut, dtype=np.int64).T], axis=1)
         pieces = pieces[:, np.argsort(pieces[0], kind="stable")]
@@ -91,8 +98,8 @@ def make_plan(lengths: Sequence[int] | Integers, *, max_residues: int, windows: 
         tokens += length
     if pieces.shape[1]:
         packs.append(pieces.shape[1])
-    protein, begin, end, pool_begin, pool_end = pieces
-    return Plan(protein, begin, end, pool_begin, pool_end, np.array(packs, dtype=np.int64))
+    protein, begin, end, pool_begin, pool_end, counted = pieces
+    return Plan(protein, begin, end, pool_begin, pool_end, counted, np.array(packs, dtype=np.int64))
 
 
 def count_pieces(lengths: Integers, *, max_residues: int, windows: bool) -> NDArray[np.int64]:

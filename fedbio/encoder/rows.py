@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedbio.embeddings import CHUNK_ROWS, RESIDUES, Embeddings, Parts, check_same_encoder
+from fedbio.encoder.bins import average_bins
 from fedbio.encoder.source import Source
 from fedbio.encoder.work import Work, count_residues
 from fedbio.proteins.keys import KEY_BYTES, KeyTable
 from fedbio.results import EncoderInfo
 
 _BLOCK_BYTES = 8 * 2**20
-"""So much is read of rows per residue at once."""
+"""So much is read at once of what becomes a protein's row, or its rows."""
 
 
 class KnownRows:
@@ -99,6 +100,7 @@ class Assembly:
 
     def __init__(self, source: Source, known: KnownRows, work: Work, parts: Parts) -> None:
         self._source, self._known, self._work, self._parts = source, known, work, parts
+        self._most = max(_BLOCK_BYTES // (4 * work.info.width), 1)  # rows at once
         # number of each distinct sequence in the work; meaningless for those that are known
         self._fresh = np.cumsum(known.places < 0, dtype=np.int32) - 1
         self._firsts = np.concatenate([[0], np.cumsum(work.pieces, dtype=np.int64)])
@@ -142,6 +144,14 @@ class Assembly:
 
     def _joined(self, numbers: NDArray[np.int32]) -> NDArray[np.float32]:
         """Return the rows of sequences of the work, each from the rows of its pieces."""
+        # proteins of many windows are joined a few at a time
+        ends = np.cumsum(self._firsts[numbers + 1] - self._firsts[numbers])
+        groups = np.flatnonzero(np.diff(ends // self._most)) + 1
+        if not len(groups):
+            return self._joined_at_once(numbers)
+        return np.concatenate([self._joined_at_once(some) for some in np.split(numbers, groups)])
+
+    def _joined_at_once(self, numbers: NDArray[np.int32]) -> NDArray[np.float32]:
         firsts = self._firsts[numbers]
         counts = self._firsts[numbers + 1] - firsts
         begins = np.cumsum(counts) - counts
@@ -150,15 +160,16 @@ class Assembly:
         pooling = self._work.info.pooling
         how = np.maximum if pooling == "max" else np.add
         rows: NDArray[np.float32] = how.reduceat(pieces, begins, axis=0)  # (proteins, d)
+        counted = count_residues(self._work.sequences.lengths[numbers], self._work.info)
         if pooling == "mean":
-            counted = count_residues(self._work.sequences.lengths[numbers], self._work.info)
             rows /= counted.astype(np.float32)[:, None]
+        elif pooling == "ends":
+            rows = average_bins(rows, counted)
         elif pooling == "start":
             rows /= counts.astype(np.float32)[:, None]
         return rows
 
     def _residues(self) -> Iterator[NDArray[np.float32]]:
-        most = max(_BLOCK_BYTES // (4 * self._work.info.width), 1)
         waiting: list[int] = []  # pieces whose rows are yet to be read, side by side in the file
         rows = 0
         for number in self._source.numbers.tolist():
@@ -166,13 +177,13 @@ class Assembly:
             if place >= 0:
                 yield from self._flushed(waiting)
                 rows = 0
-                yield from self._copied(place, most)
+                yield from self._copied(place)
                 continue
             fresh = int(self._fresh[number])
             for piece in range(int(self._firsts[fresh]), int(self._firsts[fresh + 1])):
                 waiting.append(piece)
                 rows += int(self._counts[piece])
-                if rows >= most:
+                if rows >= self._most:
                     yield from self._flushed(waiting)
                     rows = 0
         yield from self._flushed(waiting)
@@ -182,9 +193,9 @@ class Assembly:
             yield self._parts.runs(self._starts[waiting], self._counts[waiting].astype(np.int64))
             waiting.clear()
 
-    def _copied(self, place: int, most: int) -> Iterator[NDArray[np.float32]]:
+    def _copied(self, place: int) -> Iterator[NDArray[np.float32]]:
         assert self._known.file is not None
         assert self._known.file.pointers is not None
         first, last = self._known.file.pointers[place : place + 2].tolist()
-        for begin in range(first, last, most):
-            yield self._known.file.span(begin, min(begin + most, last))
+        for begin in range(first, last, self._most):
+            yield self._known.file.span(begin, min(begin + self._most, last))

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from fedbio.encoder.bins import bins_name
 from fedbio.encoder.checkpoint import read_encoder
-from fedbio.encoder.inference import Inference, Pooling, choose_device, choose_dtype
+from fedbio.encoder.inference import Inference, choose_device, choose_dtype
 from fedbio.encoder.memory import bound_kernel_caches, fitting_budget, needed_bytes
 from fedbio.encoder.packs import Plan, make_plan
+from fedbio.encoder.pooling import Pooling, row_width
 from fedbio.encoder.source import StrPath
 from fedbio.encoder_names import DEFAULT_ENCODER
 from fedbio.errors import RefusedError, SettingsError
@@ -114,13 +116,14 @@ class Setup:
             name=config.name,
             weights_sha256=digest,
             trained=config.trained,
-            width=config.width,
+            width=row_width(config.width, choice.pooling),
             pooling=choice.pooling,
             layer=layer,
             dtype=str(self.dtype).removeprefix("torch."),
             max_residues=config.max_residues,
             long=choice.long,
             perplexity=perplexity,
+            bins=bins_name() if choice.pooling == "ends" else "",
         )
 
     def _find_budget(self) -> tuple[int, int]:
@@ -132,5 +135,7 @@ class Setup:
             default=BATCH_RESIDUES[self.device.type],
             memory=self.choice.memory,
             on_cpu=on_cpu,
+            row_width=self.info.width,
         )
-        return budget, needed_bytes(self.config, size, budget=budget, on_cpu=on_cpu)
+        needed = needed_bytes(self.config, size, budget=budget, on_cpu=on_cpu, row_width=self.info.width)
+        return budget, needed

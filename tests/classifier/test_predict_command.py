@@ -91,6 +91,24 @@ def test_one_protein_is_embedded_with_the_encoder_that_is_named(
     assert (tmp_path / "named.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
 
 
+def test_a_model_of_ends_embeds_them_and_is_refused_where_its_bins_are_others(
+    small_encoder: Path, tmp_path: Path, classes: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "one.fasta"
+    source.write_text(">P1\nMKVLAAGIVGAA\n")
+    encoder = embed_file(source, tmp_path / "one.h5", encoder=small_encoder, threads=1, pooling="ends").encoder
+    model = _save(tmp_path / "model", encoder, classes)
+    options = ["--encoder", str(small_encoder), "--threads", "1", "-o", str(tmp_path / "one.csv")]
+    assert main(["predict", str(source), "--model", model, *options]) == 0
+    assert len(_rows(tmp_path / "one.csv")) == 1
+    capsys.readouterr()
+    other = _save(tmp_path / "other", msgspec.structs.replace(encoder, bins="start 1, end 1"), classes)
+    kept = tmp_path / "kept.h5"
+    assert main(["predict", str(source), "--model", other, "--embeddings", str(kept), *options]) == 2
+    assert f"other bins (start 1, end 1) than this release makes ({encoder.bins})" in capsys.readouterr().err
+    assert not kept.exists()
+
+
 def test_another_encoder_is_refused_by_its_digest(
     small_encoder: Path,
     tmp_path: Path,
@@ -119,6 +137,10 @@ def test_another_encoder_is_refused_by_its_digest(
     [
         ({"weights_sha256": "b" * 64}, ["site-1.h5: made with the encoder", "b" * 64, "a" * 64, "use that encoder"]),
         ({"long": "window"}, ["site-1.h5: made with long 'window', but the classifier was trained with 'cut'"]),
+        (
+            {"pooling": "ends", "bins": "start 1, end 1"},
+            ["site-1.h5: made with pooling 'ends', but the classifier was trained with 'mean'"],
+        ),
     ],
 )
 def test_embeddings_made_otherwise_are_refused(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fedbio.cli import main
+from fedbio.encoder.bins import BINS, bins_name
 from fedbio.encoder.memory import read_size
 from fedbio.errors import SettingsError
 
@@ -51,6 +52,11 @@ def test_dry_run_estimates_and_writes_nothing(
     # a row for each piece, a byte for each residue, a digest and an id for each protein
     assert estimate["disk_bytes"] - estimate["file_bytes"] == 200 * vectors + 50 * (100 + 200 + 50) + 150 * 60
     assert estimate["memory_bytes"] > 10**8
+    assert main([*call, "--pooling", "ends", "--json"]) == 0
+    wider = result(capsys)
+    vectors_of_ends = vectors * (1 + BINS)
+    assert wider["file_bytes"] - estimate["file_bytes"] == 150 * (vectors_of_ends - vectors)
+    assert wider["disk_bytes"] - wider["file_bytes"] - 200 * vectors_of_ends == 50 * (100 + 200 + 50) + 150 * 60
     assert main([*call, "--pooling", "residues", "--long", "cut", "--json"]) == 0
     estimate = result(capsys)
     rows = 50 * (100 + 128 + 50)
@@ -72,6 +78,14 @@ def test_pooling_and_layer_are_part_of_what_a_file_says(
     assert "layer 9: small has layers 0 to 1" in capsys.readouterr().err
     assert main([*call, "--dtype", "float32"]) == 2
     assert "`--pooling max --layer 0` does as before" in capsys.readouterr().err
+    output.unlink()
+    assert main([*call, "--pooling", "ends"]) == 0
+    assert main(["embeddings", "show", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert f"2 rows of width {32 * (1 + BINS)}, one per protein" in shown
+    assert f"  bins           {bins_name()}\n" in shown
+    assert main(call) == 2
+    assert "pooling is 'ends', not 'mean'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fedbio.encoder import inference
-from fedbio.encoder.inference import Inference, Pooling, choose_device, choose_dtype
+from fedbio.encoder.inference import Inference, choose_device, choose_dtype
 from fedbio.encoder.packs import make_plan
+from fedbio.encoder.pooling import Pooling
 from fedbio.errors import MachineError, SettingsError
 from fedbio.weights import Weights
 
@@ -187,7 +188,8 @@ def test_cuda_gives_the_numbers_of_the_cpu(tiny_weights: Weights, dtype: torch.d
     plan = make_plan([len(s) for s in SEQUENCES], max_residues=32, windows=False, budget=1000)
     lengths = (plan.end - plan.begin)[:, None]
     means = [
-        Inference(TINY, tiny_weights, device=device, dtype=kind, threads=1).pack(SEQUENCES, plan, 0) / lengths
+        Inference(TINY, tiny_weights, device=device, dtype=kind, threads=1, pooling="ends").pack(SEQUENCES, plan, 0)
+        / lengths
         for device, kind in ((CPU, torch.float32), (torch.device("cuda"), dtype))
     ]
     np.testing.assert_allclose(means[1], means[0], rtol=0, atol=tolerance)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from fedbio.encoder import embed_file, room
+from fedbio.encoder.pooling import Pooling
 from fedbio.errors import MachineError
 from fedbio.weights import Weights, write_weights
 
@@ -37,21 +38,25 @@ import sys
 from fedbio.embeddings import Parts
 from fedbio.encoder import embed_file, room
 Parts.SHARD_SECONDS = 0.0
-embed_file(sys.argv[1], sys.argv[2], encoder=sys.argv[3], batch_residues=100, threads=1, dtype="float32")
+options = {"encoder": sys.argv[3], "pooling": sys.argv[4], "batch_residues": 100, "threads": 1, "dtype": "float32"}
+embed_file(sys.argv[1], sys.argv[2], **options)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=[pytest.mark.slow, pytest.mark.faults])])
+@pytest.mark.parametrize(
+    ("kills", "pooling"), [(1, "ends"), pytest.param(6, "mean", marks=[pytest.mark.slow, pytest.mark.faults])]
+)
 def test_killed_at_any_moment_the_next_call_gives_the_bytes_of_an_unbroken_one(
-    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, kills: int
+    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, kills: int, pooling: Pooling
 ) -> None:
     source = write_fasta([20 + number % 7 for number in range(3000)])
-    embed(source, tmp_path / "whole.h5", encoder=tiny, batch_residues=100)
+    unbroken = functools.partial(embed, source, encoder=tiny, pooling=pooling, batch_residues=100)
+    unbroken(tmp_path / "whole.h5")
     output, moments = tmp_path / "out.h5", random.Random(kills)
     done = 0
     for _ in range(kills):
-        process = subprocess.Popen([sys.executable, "-c", SHARD_PER_PACK, source, output, tiny])
+        process = subprocess.Popen([sys.executable, "-c", SHARD_PER_PACK, source, output, tiny, pooling])
         try:
             enough = len(list(tmp_path.glob("out.h5.parts/*.f32"))) + moments.randint(1, 60)
             while process.poll() is None and len(list(tmp_path.glob("out.h5.parts/*.f32"))) < enough:
@@ -63,7 +68,7 @@ def test_killed_at_any_moment_the_next_call_gives_the_bytes_of_an_unbroken_one(
         shards = len(list(tmp_path.glob("out.h5.parts/*.f32")))
         assert shards > done
         done = shards
-    report = embed(source, output, encoder=tiny, batch_residues=100)
+    report = unbroken(output)
     assert report.resumed >= 3 * done  # packs of three or four proteins
     assert output.read_bytes() == (tmp_path / "whole.h5").read_bytes()
 

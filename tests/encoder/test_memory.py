@@ -57,6 +57,17 @@ def test_packs_become_smaller_until_they_fit() -> None:
         budget(500 * 2**20)
 
 
+def test_wider_rows_take_memory_on_their_way() -> None:
+    def needed(row_width: int, on_cpu: bool = True) -> int:
+        return needed_bytes(ESM, ESM_BYTES, budget=2048 if on_cpu else 65_536, on_cpu=on_cpu, row_width=row_width)
+
+    assert needed(768) == needed_bytes(ESM, ESM_BYTES, budget=2048, on_cpu=True)
+    wider = 4 * (3840 - 768)  # bytes of a row
+    assert 1_000 * wider < needed(3840) - needed(768) < 2_000 * wider
+    # a pack of a GPU holds thousands of peptides
+    assert 8_000 * wider < needed(3840, on_cpu=False) - needed(768, on_cpu=False) < 16_000 * wider
+
+
 def test_proteins_beyond_the_memory_are_refused() -> None:
     check_memory(1_000_000, 10**9, None)
     check_memory(1_000_000, 10**9, 1_200_000_000)

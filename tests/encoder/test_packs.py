@@ -22,6 +22,7 @@ def test_a_long_protein_is_cut() -> None:
     plan = make_plan([25], max_residues=10, windows=False, budget=100)
     assert (plan.begin.tolist(), plan.end.tolist()) == ([0], [10])
     assert (plan.pool_begin.tolist(), plan.pool_end.tolist()) == ([0], [10])
+    assert plan.counted.tolist() == [10]
 
 
 def test_windows_of_a_long_protein() -> None:
@@ -30,6 +31,7 @@ def test_windows_of_a_long_protein() -> None:
     assert plan.end.tolist() == [12, 19, 25, 32]
     assert plan.pool_begin.tolist() == [0, 9, 16, 22]
     assert plan.pool_end.tolist() == [9, 16, 22, 32]
+    assert plan.counted.tolist() == [32, 32, 32, 32]
 
 
 @pytest.mark.parametrize("length", [1, 32, 33, 34, 47, 48, 56, 57, 100, 1000, 13_100])

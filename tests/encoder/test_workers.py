@@ -33,7 +33,7 @@ def tiny(tmp_path: Path, tiny_weights: Weights) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pooling", ["mean", pytest.param("residues", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pooling", ["ends", pytest.param("residues", marks=pytest.mark.slow)])
 def test_two_processes_make_the_bytes_of_one(tiny: Path, write_fasta: WriteFasta, tmp_path: Path, pooling: str) -> None:
     source = write_fasta([20 + number % 60 for number in range(300)])
     reports = []

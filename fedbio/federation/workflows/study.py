@@ -60,7 +60,7 @@ class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str | None
     dtype: Literal["auto", "float32", "bfloat16", "int8"]
     long: Literal["cut", "window"]
-    pooling: Literal["mean", "max", "start"] = "mean"
+    pooling: Literal["mean", "ends", "max", "start"] = "mean"
     layer: int | None = None
     classes: tuple[str, ...] = COMPARTMENTS
     files: tuple[WeightsFile, ...] = ()
