@@ -1,4 +1,4 @@
-"""``fedbio encoder``: list and fetch public checkpoints, look into encoders, convert them."""
+"""``fedbio encoder``: list the known encoders, fetch public checkpoints, look into encoders, convert them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedbio.weights_file import WEIGHT_FORMS
+
 if TYPE_CHECKING:
     from fedbio.encoder.checkpoint import Loaded
 
 EXAMPLE = """fedbio encoder fetch facebook/esm2_t6_8M_UR50D
   fedbio encoder show facebook/esm2_t6_8M_UR50D
-  fedbio encoder convert esm1nv.nemo -o esm1nv/ --to fedbio"""
+  fedbio encoder convert esm1nv.nemo -o esm1nv/ --to fedbio
+  fedbio encoder convert my-run/ -o my-encoder/ --weights float16"""
+
+_OWN = "comes with fedbio"
 
 FORMS = {
     "built in": "built in, random weights from a seed",
@@ -23,7 +28,7 @@ FORMS = {
     "nemo": "archive of BioNeMo",
 }
 
-SOURCE_HELP = "built-in name, name in the cache, encoder folder, .pt file or .nemo archive"
+SOURCE_HELP = "name (see fedbio encoder list), encoder folder, .pt file or .nemo archive"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +48,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("encoder", metavar="ENCODER", help=SOURCE_HELP)
     convert.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the folder to write")
     convert.add_argument("--to", choices=["fedbio", "huggingface"], default="fedbio", help="whose form")
+    convert.add_argument(
+        "--weights",
+        choices=WEIGHT_FORMS,
+        default="float32",
+        help="as what a folder of fedbio keeps its matrices; float16 and int8 round",
+    )
     convert.add_argument("--name", metavar="NAME", help="what reports call it (default: its name so far)")
 
     for each in (show, convert):
@@ -63,11 +74,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _list(args: argparse.Namespace) -> dict[str, Any]:
     from fedbio.encoder import BUILT_IN
-    from fedbio.encoder_names import KNOWN, cache_folder, cached_path
+    from fedbio.encoder_names import DEFAULT_ENCODER, KNOWN, cache_folder, cached_path, packaged_encoders
 
-    rows = [
+    rows = [_packaged(name) for name in packaged_encoders()]
+    rows += [
         {"name": name, "summary": "architecture without trained weights", "origin": "built in", "path": None}
         for name in BUILT_IN
+        if name not in packaged_encoders()
     ]
     for known in KNOWN.values():
         path = cached_path(known.name, args.cache)
@@ -83,10 +96,36 @@ def _list(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         width = max(len(str(row["name"])) for row in rows)
         for row in rows:
-            place = "built in" if row["origin"] == "built in" else "here" if row["path"] else "not fetched"
-            print(f"{row['name']:<{width}}  {row['summary']} [{place}]")
+            own = row["origin"] in (_OWN, "built in")
+            place = row["origin"] if own else "here" if row["path"] else "not fetched"
+            default = ", the default" if row["name"] == DEFAULT_ENCODER else ""
+            print(f"{row['name']:<{width}}  {row['summary']} [{place}{default}]")
         print(f"cache: {cache}")
-    return {"cache": str(cache), "encoders": rows}
+    return {"cache": str(cache), "default": DEFAULT_ENCODER, "encoders": rows}
+
+
+def _packaged(name: str) -> dict[str, Any]:
+    """Describe an encoder that comes with fedbio by its account; its weights are not looked at."""
+    from fedbio.encoder_names import PACKAGED
+    from fedbio.errors import FormatError
+    from fedbio.training_account import read_account
+
+    row: dict[str, Any] = {
+        "name": name,
+        "origin": _OWN,
+        "path": str(PACKAGED / name),
+        "perplexity": None,
+        "tokens": None,
+    }
+    try:
+        account = read_account(PACKAGED / name)
+    except FormatError as error:
+        return {**row, "summary": f"damaged, install fedbio again: {error}"}
+    if account is None:
+        return {**row, "summary": "trained"}
+    perplexity = "" if account.perplexity is None else f", perplexity {account.perplexity:.2f}"
+    summary = f"{account.parameters:,} parameters, trained on {account.tokens:,} tokens{perplexity}"
+    return {**row, "summary": summary, "perplexity": account.perplexity, "tokens": account.tokens}
 
 
 def _fetch(args: argparse.Namespace) -> dict[str, Any]:
@@ -114,9 +153,21 @@ def _show(args: argparse.Namespace) -> dict[str, Any]:
             f"({config.vocabulary} rows)\n"
             f"{facts['parameters']:,} parameters, {facts['parameters_with_head']:,} with a language-model head "
             f"({head}); proteins of up to {config.max_residues:,} residues at once\n"
-            f"SHA-256 of its weights {facts['weights_sha256']}"
+            f"SHA-256 of its weights {facts['weights_sha256']}{_kept(facts)}"
         )
     return facts
+
+
+def _kept(facts: dict[str, Any]) -> str:
+    """Say how the weights lie on the disk, and how well the encoder has learnt, as far as both are known."""
+    lines = []
+    if facts["weights"] is not None:
+        lines.append(f"kept as {facts['weights']}, {facts['bytes'] / 1e6:.1f} MB")
+    if facts["tokens"] is not None:
+        perplexity = facts["perplexity"]
+        measured = "not measured" if perplexity is None else f"{perplexity:.2f} (masked residues of held-out proteins)"
+        lines.append(f"trained on {facts['tokens']:,} tokens, perplexity {measured}")
+    return "".join(f"\n{line}" for line in lines)
 
 
 def _facts(loaded: Loaded) -> dict[str, Any]:
@@ -124,10 +175,13 @@ def _facts(loaded: Loaded) -> dict[str, Any]:
 
     import msgspec
 
-    from fedbio.weights import head_shapes, inference_shapes, weights_digest
+    from fedbio.weights import WEIGHTS_FILE, head_shapes, inference_shapes
+    from fedbio.weights_file import file_weight_form
 
     trunk = sum(math.prod(shape) for shape in inference_shapes(loaded.config).values())
     head = sum(math.prod(shape) for shape in head_shapes(loaded.config).values())
+    own = loaded.path / WEIGHTS_FILE if loaded.form == "fedbio" and loaded.path is not None else None
+    account = loaded.account
     return {
         "form": loaded.form,
         "path": None if loaded.path is None else str(loaded.path),
@@ -137,7 +191,11 @@ def _facts(loaded: Loaded) -> dict[str, Any]:
         "parameters_with_head": trunk + head,
         "head": "lm_head.bias" in loaded.weights,
         "max_residues": loaded.config.max_residues,
-        "weights_sha256": weights_digest(loaded.weights),
+        "weights_sha256": loaded.sha256,
+        "weights": None if own is None else file_weight_form(own),
+        "bytes": None if own is None else own.stat().st_size,
+        "tokens": None if account is None else account.tokens,
+        "perplexity": None if account is None else account.perplexity,
     }
 
 
@@ -146,25 +204,41 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
 
     from fedbio.encoder.checkpoint import read_encoder
     from fedbio.encoder.checkpoint.huggingface_save import write_huggingface
-    from fedbio.weights import write_weights
+    from fedbio.encoder.checkpoint.own_save import write_own
+    from fedbio.errors import SettingsError
 
+    if args.to != "fedbio" and args.weights != "float32":
+        raise SettingsError(f"--weights {args.weights}: folders of Hugging Face are written as float32; leave it out")
     _check_output(args.output, args.to)
     loaded = read_encoder(args.encoder, seed=args.seed, cache=args.cache)
     config = loaded.config
     if args.name:
         config = msgspec.structs.replace(config, name=args.name)
-    head = "lm_head.bias" in loaded.weights
+    facts = {**_facts(loaded._replace(config=config)), "output": str(args.output), "to": args.to}
     if args.to == "fedbio":
-        write_weights(args.output, config, loaded.weights)
-        written = head
+        written = write_own(args.output, loaded, config, args.weights)
+        facts |= {"weights_sha256": written.sha256, "weights": args.weights, "bytes": written.bytes}
+        size = f", {args.weights}, {written.bytes:,} bytes"
     else:
-        written = write_huggingface(args.output, config, loaded.weights)
-    facts = {**_facts(loaded._replace(config=config)), "output": str(args.output), "to": args.to, "head": written}
+        had_head = facts["head"]
+        facts |= {"head": write_huggingface(args.output, config, loaded.weights), "weights": None, "bytes": None}
+        size = ""
     if not args.json:
-        print(f"{args.output}: {config.name}, {FORMS[args.to]}, SHA-256 of its weights {facts['weights_sha256']}")
-        if head and not written:
+        print(f"{args.output}: {config.name}, {FORMS[args.to]}{size}, SHA-256 of its weights {facts['weights_sha256']}")
+        if args.to != "fedbio" and had_head and not facts["head"]:
             print("its language-model head stayed behind: MegatronBert would compute it with another GELU")
+        _say_what_is_unwritten(args.output)
     return facts
+
+
+def _say_what_is_unwritten(folder: Path) -> None:
+    from fedbio.model_card import CARD_FILE, UNWRITTEN, is_card
+
+    card = folder / CARD_FILE
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        if is_card(text) and UNWRITTEN in text:
+            print(f"{card}: a model card; where it says {UNWRITTEN!r}, only you can")
 
 
 def _check_output(output: Path, to: str) -> None:
