@@ -1,199 +1,226 @@
 """What embeddings are worth for subcellular location, against features that need no encoder.
 
-``python benchmarks/scl_probe.py mixed_soft.csv.gz --embeddings window=window.h5 --embeddings cut=cut.h5`` takes a table
-in FLIP's form, trains on its training part, chooses on its validation part, and measures once on its test part:
+``python benchmarks/scl_probe.py mixed_soft.csv.gz --meta mixed_soft_meta.csv.gz --embeddings ends=ends.h5 --beside
+--federated ends`` takes a table in FLIP's form, trains on its training part, chooses on its validation part, and
+measures once on its test part:
 
-- for each embeddings file an MLP that three sites (Dirichlet, alpha 1) train alone, together and centrally, as the
-  workflow does it: real processes over mutual TLS, three seeds;
-- composition features with gradient-boosted trees and with logistic regression: amino acids, dipeptides, the amino
-  acids of terminal windows, and the length; and the same beside each file's embeddings.
+- composition features (amino acids, dipeptides, the amino acids of terminal windows, the length) with gradient-boosted
+  trees, with logistic regression and with an MLP;
+- each embeddings file with the MLP, trained centrally with three seeds; for those named by ``--federated`` by three
+  sites (Dirichlet, alpha 1) alone and together as well, in real processes over mutual TLS;
+- with ``--beside``, composition and embeddings together, with the same models as composition alone, and the paired
+  bootstrap interval of the difference.
 
-Accuracy (Q10), macro F1 and MCC, each with a 95 % bootstrap interval over test proteins. Results of the federated runs
-stay in ``results/probe-NAME``.
+Accuracy (Q10), macro F1 and MCC, each with a 95 % bootstrap interval over test proteins, and the accuracy on
+validation, on which features may be chosen. With ``--meta`` everything is measured twice: with all rows, and without
+the training and validation rows that the table flags as relatives of test proteins. ``--central-only`` trains nothing
+but the central MLP, to choose among features in a minute. A table for people comes before the last line. Results of the
+federated runs stay in ``results/probe-NAME``.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gzip
 import json
 import os
 import platform
-import subprocess
+import re
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
-from numpy.typing import NDArray
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from _probe import (
+    Classes,
+    Features,
+    Fitted,
+    Parts,
+    Scores,
+    boosted_trees,
+    central_mlp,
+    compositions,
+    logistic_regression,
+    score,
+)
+from _probe_account import Account
+from _probe_sites import federation
 
+from fedbio.classifier.data import check_sequences
 from fedbio.compartments import COMPARTMENTS
-from fedbio.embeddings import Embeddings
+from fedbio.embeddings import Embeddings, sequence_digest
 from fedbio.proteins import Protein, read
+from fedbio.results import EncoderInfo
+from fedbio.settings import TrainingSettings
 
-LETTERS = "ACDEFGHIKLMNPQRSTVWY"
-TERMINI = (10, 20, 40, 60)
-"""Residues of the windows at both ends."""
-
-RESAMPLES = 2_000
-
-Measures = dict[str, tuple[float, float, float]]
-"""Accuracy, macro F1 and MCC: the value and the ends of its interval."""
+COMPOSITION = "composition"
+ALL, FAR = "all rows", "without relatives of test proteins"
+NEAR = ("T", "TH")
+"""Flags of ``near_test`` that speak of the test proteins; ``H`` speaks of others."""
 
 
-def compositions(proteins: Sequence[Protein]) -> NDArray[np.float32]:
-    """Return what the letters alone say, shape (proteins, 20 + 400 + 2 * 20 * windows + 1)."""
-    number = np.full(256, len(LETTERS), np.int64)
-    number[np.frombuffer(LETTERS.encode(), np.uint8)] = np.arange(len(LETTERS))
+@dataclass(frozen=True)
+class Embedded:
+    """An embeddings file."""
 
-    def shares(codes: NDArray[np.int64], kinds: int) -> NDArray[np.float64]:
-        counts = np.bincount(codes[codes < kinds], minlength=kinds)[:kinds]
-        found: NDArray[np.float64] = counts / max(1, counts.sum())
-        return found
-
-    rows = []
-    for protein in proteins:
-        codes = number[np.frombuffer(protein.sequence.encode(), np.uint8)]
-        usual = (codes[:-1] < len(LETTERS)) & (codes[1:] < len(LETTERS))
-        pairs = (codes[:-1] * len(LETTERS) + codes[1:])[usual]
-        windows = [shares(part, len(LETTERS)) for size in TERMINI for part in (codes[:size], codes[-size:])]
-        rows.append(np.concatenate([shares(codes, len(LETTERS)), shares(pairs, 400), *windows, [np.log(len(codes))]]))
-    return np.array(rows, np.float32)
+    name: str
+    path: Path
+    features: Features
+    info: EncoderInfo
 
 
-def measure(targets: NDArray[np.int64], predicted: NDArray[np.int64]) -> Measures:
-    """Measure predictions, and how sure the numbers are; several models' predictions may be stacked, (models, n)."""
-    stacked = np.atleast_2d(predicted)
-    draws = np.random.default_rng(0).integers(0, len(targets), size=(RESAMPLES, len(targets)))
-    found: dict[str, list[float]] = defaultdict(list)
-    for rows in (np.arange(len(targets)), *draws):
-        scores = [_scores(targets[rows], each[rows]) for each in stacked]
-        for name in scores[0]:
-            found[name].append(float(np.mean([each[name] for each in scores])))
-    ends = {name: np.percentile(values[1:], [2.5, 97.5]) for name, values in found.items()}
-    return {name: (values[0], float(ends[name][0]), float(ends[name][1])) for name, values in found.items()}
+class Probe:
+    """Measures one set of rows after the other."""
+
+    def __init__(self, args: argparse.Namespace, proteins: list[Protein], embedded: list[Embedded]) -> None:
+        self.args, self.proteins, self.embedded = args, proteins, embedded
+        self.training = TrainingSettings(mlps=[args.mlp], seeds=args.seeds, rounds=args.rounds)
+        self.composition = compositions([protein.sequence for protein in proteins])
+        self.account = Account()
+        self.counts: dict[str, dict[str, int]] = {}
+
+    def measure(self, rows: str, parts: Parts) -> None:
+        """Train and measure everything that was asked for with these rows."""
+        args, account = self.args, self.account
+        self.counts[rows] = {name: len(getattr(parts, name)) for name in ("train", "validation", "test")}
+        targets = parts.targets[parts.test]
+        plain: dict[str, tuple[Fitted, Scores]] = {}
+        if args.beside or not args.central_only:
+            plain = {each.model: (each, score(targets, each.predicted)) for each in self._fit(None, parts)}
+        best = _chosen(plain)
+        limit = float(best[1]["accuracy"][0]) if best else None
+        for fitted, scores in plain.values():
+            account.add(rows, COMPOSITION, fitted, scores, limit)
+        candidates: list[tuple[float, dict[str, Any]]] = []
+        for each in self.embedded:
+            for fitted in self._alone(each, parts, rows):
+                scores = score(targets, fitted.predicted)
+                account.add(rows, each.name, fitted, scores, limit)
+                if best:
+                    what = f"{each.name}, {fitted.model}, minus {COMPOSITION}, {best[0].model}"
+                    account.add_difference(rows, what, scores, best[1])
+            if not args.beside:
+                continue
+            both = {fitted.model: (fitted, score(targets, fitted.predicted)) for fitted in self._fit(each, parts)}
+            for model, (fitted, scores) in both.items():
+                account.add(rows, f"{COMPOSITION} beside {each.name}", fitted, scores, limit)
+                what = f"{COMPOSITION} beside {each.name} minus {COMPOSITION}, both {model}"
+                account.add_difference(rows, what, scores, plain[model][1])
+            if (beside := _chosen(both)) and best:
+                what = f"{COMPOSITION} beside {each.name} minus {COMPOSITION}, each the best on validation"
+                entry = account.add_difference(rows, what, beside[1], best[1])
+                if each.info.trained:
+                    candidates.append((beside[0].validation, entry))
+        if candidates and rows == ALL:
+            _, entry = max(candidates, key=lambda candidate: candidate[0])
+            # what an encoder must be good for: the features that validation prefers are better than none
+            entry |= {"goal": 0.0, "met": entry["low"] > 0}
+
+    def _fit(self, embedded: Embedded | None, parts: Parts) -> Iterator[Fitted]:
+        """Train the models that composition has, with and without embeddings beside it."""
+        more = None if embedded is None else embedded.features
+        if not self.args.central_only:
+            yield boosted_trees(self.composition, more, parts)
+            yield logistic_regression(self.composition, more, parts)
+        both = self.composition if more is None else np.hstack([self.composition, more])
+        yield central_mlp(both, parts, self.training)
+
+    def _alone(self, embedded: Embedded, parts: Parts, rows: str) -> Iterator[Fitted]:
+        """Train the MLP on embeddings alone."""
+        if embedded.name in self.args.federated:
+            run = Path("results", f"probe-{embedded.name}" + ("" if rows == ALL else "-far"))
+            dealt = [self.proteins[row] for row in sorted([*parts.train, *parts.validation, *parts.test])]
+            test = [self.proteins[row].id for row in parts.test]
+            yield from federation(run, dealt, embedded.path, test, self.training)
+        yield central_mlp(embedded.features, parts, self.training)
 
 
-def _scores(targets: NDArray[np.int64], predicted: NDArray[np.int64]) -> dict[str, float]:
-    classes = len(COMPARTMENTS)
-    confusion = np.bincount(targets * classes + predicted, minlength=classes**2).reshape(classes, classes)
-    right, seen, said = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    total = confusion.sum()
-    f1 = 2 * right / np.maximum(1, seen + said)
-    spread = float(np.sqrt(float(total**2 - (said**2).sum()) * float(total**2 - (seen**2).sum())))
-    return {
-        "accuracy": right.sum() / total,
-        "macro_f1": float(f1[seen > 0].mean()),
-        "mcc": float(right.sum() * total - (seen * said).sum()) / spread if spread else 0.0,
-    }
+def _chosen(models: dict[str, tuple[Fitted, Scores]]) -> tuple[Fitted, Scores] | None:
+    return max(models.values(), key=lambda each: each[0].validation, default=None)
 
 
-def baselines(
-    features: NDArray[np.float32], targets: NDArray[np.int64], parts: dict[str, NDArray[np.int64]]
-) -> Iterator[tuple[str, Measures]]:
-    """Train on the training part, choose on the validation part, measure on the test part."""
-    train, validation, test = (parts[name] for name in ("train", "validation", "test"))
-    best: tuple[float, NDArray[np.int64]]
-    best = (-1.0, np.empty(0, np.int64))
-    for rate in (0.05, 0.1):
-        trees = HistGradientBoostingClassifier(
-            learning_rate=rate, max_iter=400, max_leaf_nodes=15, l2_regularization=1.0, early_stopping=True,
-            n_iter_no_change=15, random_state=0,
-        )  # fmt: skip
-        trees.fit(features[train], targets[train], X_val=features[validation], y_val=targets[validation])
-        score = float((trees.predict(features[validation]) == targets[validation]).mean())
-        best = max(best, (score, trees.predict(features[test])), key=lambda each: each[0])
-    yield "boosted trees", measure(targets[test], best[1])
-    best = (-1.0, best[1])
-    for strength in (0.003, 0.03, 0.3):
-        linear = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=500))
-        linear.fit(features[train], targets[train])
-        score = float((linear.predict(features[validation]) == targets[validation]).mean())
-        best = max(best, (score, linear.predict(features[test])), key=lambda each: each[0])
-    yield "logistic regression", measure(targets[test], best[1])
+def split(proteins: list[Protein]) -> Parts:
+    """Return the parts that the table names."""
+    part = np.array(["validation" if each.validation else each.set for each in proteins])
+    targets = np.array([COMPARTMENTS.index(str(each.target)) for each in proteins], np.int64)
+    places = {name: np.flatnonzero(part == name) for name in ("train", "validation", "test")}
+    if missing := [name for name, rows in places.items() if not len(rows)]:
+        raise SystemExit(f"the table has no protein for {' and '.join(missing)}")
+    return Parts(targets, **places)
 
 
-def federation(table: Path, name: str, embeddings: Path, mlp: str) -> Iterator[tuple[str, Measures]]:
-    """Have three sites train the MLP alone, together and centrally; measure what they said of the test proteins."""
-    run = f"probe-{name}"
-    settings = [f"dataset={table}", f"embeddings={embeddings}", f"run={run}", f'training={{"mlps": ["{mlp}"]}}']
-    command = ["snakemake", "--cores", "all", "--config", *settings]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-    said: dict[str, dict[tuple[str, str], dict[str, tuple[str, str]]]] = defaultdict(lambda: defaultdict(dict))
-    for path in sorted(Path("results", run).glob("*/predictions.csv")):
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                party = row["party"]
-                kind = party if party in ("federated", "central") else "alone"
-                said[kind][party, row["seed"]][row["id"]] = (row["target"], row["predicted"])
-    for kind, models in sorted(said.items()):
-        names = sorted(next(iter(models.values())))
-        targets = _numbers(next(iter(models.values()))[each][0] for each in names)
-        predicted = np.array([_numbers(model[each][1] for each in names) for model in models.values()])
-        yield f"MLP {mlp}, {kind}", measure(targets, predicted)
+def far(parts: Parts, proteins: list[Protein], meta: Path) -> Parts:
+    """Leave the training and validation rows out that are flagged as relatives of test proteins."""
+    with gzip.open(meta, "rt", newline="") if meta.suffix == ".gz" else open(meta, newline="") as file:
+        flags = {row["id"]: row["near_test"] for row in csv.DictReader(file)}
+
+    def keep(rows: Classes) -> Classes:
+        if missing := [proteins[row].id for row in rows if proteins[row].id not in flags]:
+            raise SystemExit(f"{meta}: says nothing of {missing[0]}")
+        return rows[[flags[proteins[row].id] not in NEAR for row in rows]]
+
+    return replace(parts, train=keep(parts.train), validation=keep(parts.validation))
 
 
-def _numbers(labels: Iterator[str]) -> NDArray[np.int64]:
-    return np.array([COMPARTMENTS.index(label) for label in labels], np.int64)
-
-
-def rows_of(path: Path, proteins: Sequence[Protein]) -> NDArray[np.float32]:
-    """Return the embeddings of the proteins, in their order, shape (proteins, d)."""
+def load(named: str, proteins: list[Protein]) -> Embedded:
+    """Read the embeddings of the proteins, in their order; ``NAME=H5`` says which."""
+    name, _, path = named.partition("=")
+    if not path or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise SystemExit(f"--embeddings {named}: expected NAME=H5 with a name of letters, digits, dots and dashes")
     with Embeddings.open(path) as store:
-        places = {name: place for place, name in enumerate(store.ids)}
-        return store.take(np.array([places[protein.id] for protein in proteins], np.int64))
+        check_sequences(store, {protein.id: sequence_digest(protein.sequence) for protein in proteins})
+        return Embedded(name, Path(path), store.rows([protein.id for protein in proteins]), store.info)
+
+
+def options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", type=Path, help="proteins with labels in FLIP's form")
+    parser.add_argument("--meta", type=Path, metavar="FILE", help="CSV with id and near_test: also without relatives")
+    parser.add_argument(
+        "--embeddings", action="append", default=[], metavar="NAME=H5", help="embeddings of these proteins; repeatable"
+    )
+    parser.add_argument("--beside", action="store_true", help="also embeddings beside the composition features")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--central-only", action="store_true", help="only the central MLP: to choose among features")
+    mode.add_argument(
+        "--federated", action="append", default=[], metavar="NAME", help="embeddings to federate with; repeatable"
+    )
+    parser.add_argument("--mlp", default="256-128-64", help="hidden layers of the MLP (default: %(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the MLP (default: 0 1 2)")
+    parser.add_argument("--rounds", type=int, default=30, help="the most rounds of its training (default: %(default)s)")
+    args = parser.parse_args()
+    names = {each.partition("=")[0] for each in args.embeddings}
+    if unknown := [name for name in args.federated if name not in names]:
+        parser.error(f"--federated {unknown[0]}: --embeddings names {', '.join(sorted(names)) or 'none'}")
+    if len(names) != len(args.embeddings):
+        parser.error("--embeddings: give each file a name of its own")
+    return args
 
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", type=Path, help="proteins with labels in FLIP's form")
-    parser.add_argument(
-        "--embeddings", action="append", default=[], metavar="NAME=H5", help="embeddings of these proteins; repeatable"
-    )
-    parser.add_argument("--mlp", default="256-128-64", help="hidden layers of the MLP (default: %(default)s)")
-    parser.add_argument("--beside", action="store_true", help="also embeddings beside the composition features")
-    args = parser.parse_args()
+    args = options()
     proteins = [each for each in read(args.table) if each.target is not None]
-    targets = _numbers(str(each.target) for each in proteins)
-    part = np.array(["validation" if each.validation else each.set for each in proteins])
-    parts = {name: np.flatnonzero(part == name) for name in ("train", "validation", "test")}
-    composition = compositions(proteins)
-
-    results: list[dict[str, Any]] = []
-
-    def add(what: str, found: Iterator[tuple[str, Measures]]) -> None:
-        for model, measures in found:
-            for name, (value, low, high) in measures.items():
-                entry = {"name": f"{what}, {model}: {name}", "value": round(value, 4), "unit": "share"}
-                results.append(entry | {"low": round(low, 4), "high": round(high, 4)})
-            print(what, model, {name: round(value[0], 4) for name, value in measures.items()}, file=sys.stderr)
-
-    add("composition", baselines(composition, targets, parts))
-    limit = max(each["value"] for each in results if each["name"].endswith("accuracy"))
-    for entry in args.embeddings:
-        name, _, path = entry.partition("=")
-        add(name, federation(args.table, name, Path(path), args.mlp))
-        if args.beside:
-            both = np.hstack([composition, rows_of(Path(path), proteins)])
-            add(f"composition beside {name}", baselines(both, targets, parts))
-    for each in results:
-        if each["name"].endswith("accuracy"):
-            each |= {"limit": limit, "ratio": round(each["value"] / limit, 3)}
+    probe = Probe(args, proteins, [load(named, proteins) for named in args.embeddings])
+    parts = split(proteins)
+    probe.measure(ALL, parts)
+    if args.meta:
+        probe.measure(FAR, far(parts, proteins, args.meta))
     machine = {
         "cores": len(os.sched_getaffinity(0)),
         "processor": platform.machine(),
         "python": platform.python_version(),
-        "proteins": {name: len(rows) for name, rows in parts.items()},
     }
-    print(json.dumps({"benchmark": "scl_probe", "machine": machine, "results": results}))
-    return 0
+    about = {"embeddings": {each.name: msgspec.to_builtins(each.info) for each in probe.embedded}}
+    about |= {"proteins": probe.counts, "training": probe.training.model_dump(mode="json")}
+    print(probe.account.table())
+    print(json.dumps({"benchmark": "scl_probe", "machine": machine, **about, "results": probe.account.results}))
+    return 0 if all(each["met"] for each in probe.account.results) else 1
 
 
 if __name__ == "__main__":
