@@ -32,6 +32,7 @@ import pydantic
 from pydantic import AfterValidator, Field
 
 from fedbio.compartments import COMPARTMENTS
+from fedbio.encoder_names import DEFAULT_ENCODER
 from fedbio.settings_parts import (
     Hidden,
     PartyName,
@@ -44,8 +45,9 @@ from fedbio.settings_parts import (
 
 
 class EncoderSettings(Section):
-    name: str = "esm1nv-44m"
-    """A built-in architecture, or trained weights: the path of a folder or file, or a name in the cache of encoders."""
+    name: str = DEFAULT_ENCODER
+    """Trained weights: the path of a folder or file, or a name (`fedbio encoder list`) of an encoder that comes with
+    fedbio or of one in the cache; or a built-in architecture without trained weights."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """SHA-256 that the weights must have; null takes them as they are and records it."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fedbio import settings
+from fedbio.encoder_names import DEFAULT_ENCODER
 from fedbio.errors import SettingsError
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +169,13 @@ def test_overrides_that_make_no_sense_are_refused(tmp_path: Path, override: str)
 )
 def test_settings_in_the_repository_are_valid(file: str, kind: str) -> None:
     settings.load(ROOT / "config" / file, settings.FILES[kind])
+
+
+def test_settings_in_the_repository_name_the_default_encoder() -> None:
+    for file in ("config.yaml", "embeddings.yaml"):
+        assert yaml.safe_load((ROOT / "config" / file).read_text())["encoder"]["name"] == DEFAULT_ENCODER
+    jobs = yaml.safe_load((ROOT / "config" / "jobs" / "classify.yaml").read_text())["jobs"]
+    assert jobs[0]["encoder"]["name"] == DEFAULT_ENCODER
 
 
 @pytest.mark.parametrize("kind", settings.FILES)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from fedbio.embeddings import Embeddings
 from fedbio.encoder.bins import BINS
+from fedbio.encoder.checkpoint import read_encoder
 from fedbio.encoder.checkpoint.huggingface_save import write_huggingface
+from fedbio.results import read_party
 from fedbio.settings import JobsFile
-from fedbio.weights import read_weights, weights_digest
+from fedbio.weights import WEIGHTS_FILE, read_weights, weights_digest, write_weights
+from fedbio.weights_file import WeightForm
 
 from .conftest import SITES
 
@@ -39,3 +44,38 @@ def test_sites_embed_with_a_folder_of_hugging_face(
             assert embeddings.info.name == "our-encoder"
             assert embeddings.info.pooling == pooling
             assert embeddings.info.width == config.width * (1 + BINS if pooling == "ends" else 1)
+
+
+@pytest.mark.parametrize(("named", "form"), [("comes with fedbio", "float16"), ("path", "int8")])
+def test_sites_embed_with_rounded_weights_of_the_server(
+    study: Any, tmp_path: Path, named: str, form: WeightForm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedbio.encoder_names.PACKAGED", tmp_path / "installed")
+    config, weights = read_weights(study.encoder)
+    folder = tmp_path / "installed" / "mini"
+    write_weights(folder, msgspec.structs.replace(config, name="mini"), weights, form)
+    digest = weights_digest(read_weights(folder)[1])
+    account = {
+        "format": "fedbio-training", "version": 1, "encoder": "mini", "weights_sha256": digest, "parameters": 9,
+        "finished": True, "tokens": 5, "curve": [{"step": 1, "tokens": 5, "perplexity": 12.5, "final": True}],
+    }  # fmt: skip
+    (folder / "training.json").write_text(json.dumps(account))
+    (folder / "README.md").write_text("stays at the server")
+    jobs = {
+        "jobs": [{"workflow": "embed", "encoder": {"name": "mini" if named != "path" else str(folder)}}],
+        "federation": {"join_deadline_s": 30, "round_deadline_s": 60},
+    }
+    study.run(JobsFile.model_validate(jobs))
+    known_to_server = read_party(study.folder / "server" / "party.json").encoder
+    assert known_to_server is not None
+    assert (known_to_server.name, known_to_server.weights_sha256) == ("mini", digest)
+    assert digest != weights_digest(weights)
+    for site in SITES:
+        with Embeddings.open(study.folder / site / "embeddings.h5") as embeddings:
+            assert embeddings.info.weights_sha256 == digest
+            assert (embeddings.info.name, embeddings.info.perplexity) == ("mini", 12.5)
+        (sent,) = (study.folder / site).rglob(WEIGHTS_FILE)
+        # as small as at the server: it is sent as it is kept
+        assert sent.read_bytes() == (folder / WEIGHTS_FILE).read_bytes()
+        assert read_encoder(sent.parent).sha256 == digest
+        assert not (sent.parent / "README.md").exists()
