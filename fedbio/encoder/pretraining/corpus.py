@@ -59,6 +59,9 @@ class CorpusFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Records left out of training because a held-out protein has the same sequence.
     invalid : int
         Records left out because they are no proteins.
+    sha256 : dict of str to str
+        Of the sequences in ``train`` and ``valid``, in order and one a line, so that anyone who has the files can prove
+        what was trained on and what was not.
     """
 
     format: Literal["fedbio-corpus"] = "fedbio-corpus"
@@ -73,6 +76,7 @@ class CorpusFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     excluded: int
     held_out_twins: int
     invalid: int
+    sha256: dict[str, str] = {}  # a release before did not write it
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,10 @@ def corpus_of(folder: Path, inputs: Inputs, *, build: bool = True) -> Corpus:
     else:
         assert build, f"{folder} should be there by now"
         facts = _build(folder, inputs)
-    return Corpus(_map(folder, "train", facts), _map(folder, "valid", facts), facts)
+    train, valid = _map(folder, "train", facts), _map(folder, "valid", facts)
+    if not facts.sha256:
+        facts = msgspec.structs.replace(facts, sha256={"train": _list_digest(train), "valid": _list_digest(valid)})
+    return Corpus(train, valid, facts)
 
 
 def _read_facts(path: Path) -> CorpusFacts:
@@ -247,6 +254,7 @@ def _build(folder: Path, inputs: Inputs) -> CorpusFacts:
         excluded=excluded,
         held_out_twins=twins,
         invalid=sum(counts.skipped.values()),
+        sha256={"train": train.digest.hexdigest(), "valid": valid.digest.hexdigest()},
     )
     (beside / FACTS_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n")
     sync_folder(beside)
@@ -280,6 +288,7 @@ class _Writer:
     def __init__(self, folder: Path, part: str) -> None:
         self._folder, self._part = folder, part
         self.ends = array("q", [0])
+        self.digest = hashlib.sha256()
         self._file: BinaryIO
 
     def __enter__(self) -> _Writer:
@@ -288,6 +297,8 @@ class _Writer:
 
     def add(self, sequence: bytes) -> None:
         self._file.write(sequence)
+        self.digest.update(sequence)
+        self.digest.update(b"\n")
         self.ends.append(self.ends[-1] + len(sequence))
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
@@ -296,6 +307,14 @@ class _Writer:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 np.save(self._folder / f"{self._part}.ends.npy", np.frombuffer(self.ends, dtype=np.int64))
+
+
+def _list_digest(proteins: Proteins) -> str:
+    digest = hashlib.sha256()
+    for start, end in itertools.pairwise(proteins.ends.tolist()):
+        digest.update(proteins.residues[start:end].data)
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def _map(folder: Path, part: Literal["train", "valid"], facts: CorpusFacts) -> Proteins:

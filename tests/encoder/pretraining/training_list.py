@@ -1,0 +1,119 @@
+"""Read again what an encoder was trained on, by its account, without the code that packed it."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import hashlib
+import io
+import lzma
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+
+
+@dataclass
+class TrainingList:
+    """What the files and the rules of an account come to; `found` has how many of the digests to look for are in it."""
+
+    proteins: int = 0
+    residues: int = 0
+    excluded: int = 0
+    twins: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+    found: int = 0
+
+
+def read_again(
+    corpus: Mapping[str, Any], folder: Path, *, banned: Set[bytes], looked_for: Set[bytes] = frozenset()
+) -> TrainingList:
+    """Go through the very files that an account names, which are known by their SHA-256, one protein at a time.
+
+    Parameters
+    ----------
+    corpus : mapping
+        ``corpus`` of a ``training.json``.
+    folder : Path
+        Where the files are, plain or ``.xz``.
+    banned : set of bytes
+        SHA-256 of the sequences that must not be trained on: left out and counted.
+    looked_for : set of bytes
+        SHA-256 of sequences to count in the list.
+    """
+    again = TrainingList()
+    held_out: set[bytes] = set()
+    for source in corpus["valid_sources"]:
+        for sequence in _sequences(folder, source):
+            digest = hashlib.sha256(sequence).digest()
+            if digest in banned:
+                again.excluded += 1
+            else:
+                held_out.add(digest)
+    for source in corpus["sources"]:
+        for sequence in _sequences(folder, source):
+            digest = hashlib.sha256(sequence).digest()
+            if digest in banned:
+                again.excluded += 1
+            elif digest in held_out:
+                again.twins += 1
+            elif not _falls_out(sequence, corpus["seed"], corpus["valid_fraction"]):
+                again.proteins += 1
+                again.residues += len(sequence)
+                again.digest.update(sequence + b"\n")
+                again.found += digest in looked_for
+    return again
+
+
+def check_account(corpus: Mapping[str, Any], again: TrainingList) -> None:
+    """Fail unless the run has trained on this list, which has nothing in it that was banned."""
+    assert corpus["excluded"] == again.excluded, "another number of banned proteins was left out"
+    assert corpus["held_out_twins"] == again.twins
+    assert (corpus["proteins"]["train"], corpus["residues"]["train"]) == (again.proteins, again.residues)
+    if corpus.get("sha256"):  # a run of a release before has none
+        assert corpus["sha256"]["train"] == again.digest.hexdigest(), "the run has trained on another list"
+
+
+def _falls_out(sequence: bytes, seed: int, fraction: float) -> bool:
+    digest = hashlib.sha256(seed.to_bytes(8, "little") + sequence).digest()
+    return int.from_bytes(digest[:8], "little") < fraction * 2**64
+
+
+def _sequences(folder: Path, source: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the sequences of a file; fail at its end if it was not the one that was meant."""
+    packed = folder / f"{source['name']}.xz"
+    whole = hashlib.sha256()
+    parts: list[bytes] = []
+    with _open(packed if packed.exists() else folder / source["name"]) as file:
+        for line in file:
+            whole.update(line)
+            if line.startswith(b">"):
+                yield from _joined(parts)
+                parts = []
+            else:
+                parts.append(line.strip())
+        yield from _joined(parts)
+    assert whole.hexdigest() == source["sha256"], f"{source['name']} is not the file that was trained on"
+
+
+def _joined(parts: list[bytes]) -> list[bytes]:
+    return [b"".join(parts).upper().removesuffix(b"*")] if parts else []
+
+
+def _open(path: Path) -> IO[bytes]:
+    opener: Any = OPENERS.get(path.suffix, open)
+    file: IO[bytes] = opener(path, "rb")
+    return file
+
+
+def table_digests(path: Path) -> dict[str, set[bytes]]:
+    """SHA-256 of the sequences of a table in FLIP's form, by ``train``, ``validation`` and ``test``."""
+    found: dict[str, set[bytes]] = {"train": set(), "validation": set(), "test": set()}
+    with contextlib.closing(io.TextIOWrapper(_open(path), newline="")) as file:
+        for row in csv.DictReader(file):
+            part = "validation" if row["validation"] == "True" else row["set"]
+            found[part].add(hashlib.sha256(row["sequence"].upper().encode()).digest())
+    return found
