@@ -157,7 +157,7 @@ def test_an_untrained_encoder_is_said_to_be_one(
     write_fasta: WriteFasta, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        report = embed(write_fasta([3]), tmp_path / "out.h5")
+        report = embed(write_fasta([3]), tmp_path / "out.h5", encoder="esm1nv-44m")
     assert not report.encoder.trained
     assert caplog.messages == ["untrained encoder name=esm1nv-44m sha256=7d5c47c85cb2"]
 
