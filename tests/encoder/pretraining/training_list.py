@@ -11,9 +11,9 @@ import lzma
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 
 
 @dataclass
@@ -85,28 +85,42 @@ def _falls_out(sequence: bytes, seed: int, fraction: float) -> bool:
 def _sequences(folder: Path, source: Mapping[str, Any]) -> Iterator[bytes]:
     """Yield the sequences of a file; fail at its end if it was not the one that was meant."""
     packed = folder / f"{source['name']}.xz"
-    whole = hashlib.sha256()
     parts: list[bytes] = []
-    with _open(packed if packed.exists() else folder / source["name"]) as file:
-        for line in file:
-            whole.update(line)
+    with _open(packed) if packed.exists() else open(folder / source["name"], "rb") as file:
+        hashed = _Hashed(file)
+        lines = io.BufferedReader(hashed, 1 << 20)
+        for line in gzip.GzipFile(fileobj=lines) if source["name"].endswith(".gz") else lines:
             if line.startswith(b">"):
                 yield from _joined(parts)
                 parts = []
             else:
                 parts.append(line.strip())
         yield from _joined(parts)
-    assert whole.hexdigest() == source["sha256"], f"{source['name']} is not the file that was trained on"
+    assert hashed.sha256.hexdigest() == source["sha256"], f"{source['name']} is not the file that was trained on"
+
+
+class _Hashed(io.RawIOBase):
+    """A file of which every byte that is read is hashed."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._file.readinto(buffer)
+        self.sha256.update(memoryview(buffer)[:count])
+        return count
 
 
 def _joined(parts: list[bytes]) -> list[bytes]:
     return [b"".join(parts).upper().removesuffix(b"*")] if parts else []
 
 
-def _open(path: Path) -> IO[bytes]:
-    opener: Any = OPENERS.get(path.suffix, open)
-    file: IO[bytes] = opener(path, "rb")
-    return file
+def _open(path: Path) -> Any:
+    return OPENERS.get(path.suffix, open)(path, "rb")
 
 
 def table_digests(path: Path) -> dict[str, set[bytes]]:
