@@ -176,7 +176,10 @@ def _curve(known: TrainingAccount) -> str:
     if len(points) > _MOST_POINTS:
         last = len(points) - 1
         points = [points[round(place * last / (_MOST_POINTS - 1))] for place in range(_MOST_POINTS)]
-    rows = [[f"{each.step:,}", f"{each.tokens:,}", f"{each.perplexity:.2f}", f"{each.masked:,}"] for each in points]
+    rows = [
+        [f"{each.step:,}", f"{each.tokens:,}", _shown_perplexity(each.perplexity), f"{each.masked:,}"]
+        for each in points
+    ]
     final = any(each.final for each in points)
     told = "The last row is of the weights as they are, on all that was held out." if final else "It was not finished."
     return (
@@ -219,6 +222,10 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _shown(value: str | int | float | bool | None) -> str:
     return "none" if value is None else str(value)
+
+
+def _shown_perplexity(perplexity: float | None) -> str:
+    return "none" if perplexity is None else f"{perplexity:.2f}"
 
 
 def _short(count: int) -> str:

@@ -7,7 +7,7 @@ __all__ = ["TRAINING_FILE", "TrainingAccount", "read_account", "read_raw_account
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -16,16 +16,20 @@ from fedbio.errors import FormatError
 TRAINING_FILE = "training.json"
 _MAX_BYTES = 16 << 20
 
+# between a network that is always right and one that is worse than any can be: no infinity reaches tables and records
+_Perplexity = Annotated[float, msgspec.Meta(ge=1, lt=1e30)]
+
 
 class CurvePoint(msgspec.Struct, frozen=True):
     """One validation: after so many updates and tokens, and on so many masked residues, the perplexity.
 
-    `final` says that it was measured at the end, with the weights that were written and on all that was held out.
+    A run that has gone astray may have none that a number can hold. `final` says that it was measured at the end, with
+    the weights that were written and on all that was held out.
     """
 
     step: int
     tokens: int
-    perplexity: float
+    perplexity: _Perplexity | None = None
     masked: int = 0
     final: bool = False
 
@@ -59,7 +63,7 @@ class TrainingAccount(msgspec.Struct, frozen=True):
 
     @property
     def perplexity(self) -> float | None:
-        """The last one that was measured; None without held-out proteins."""
+        """The last one that was measured; None without held-out proteins, or if it was beyond all measure."""
         return self.curve[-1].perplexity if self.curve else None
 
 
@@ -77,12 +81,16 @@ def read_raw_account(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     if (size := path.stat().st_size) > _MAX_BYTES:
         raise FormatError(f"{path}: {size:,} bytes, more than the {_MAX_BYTES:,} allowed")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not valid JSON ({error}); get a fresh copy, or take it away") from error
     if not isinstance(content, dict):
         raise FormatError(f"{path}: not a JSON object; get a fresh copy, or take it away")
     return content
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
 
 
 def read_account(folder: str | os.PathLike[str]) -> TrainingAccount | None:

@@ -227,6 +227,7 @@ def test_a_damaged_encoder_is_refused_by_name_with_the_remedy(
     [
         ("{", r"training\.json: not valid JSON"),
         ("[]", r"training\.json: not a JSON object"),
+        ('{"curve": [{"perplexity": NaN}]}', r"training\.json: not valid JSON \(NaN is no number\)"),
         ('{"version": 2}', r"not an account that this release can read \(format fedbio-training, version 1\)"),
     ],
 )
@@ -234,6 +235,16 @@ def test_a_damaged_account_is_refused(run: Path, content: str, message: str) -> 
     (run / "training.json").write_text(content)
     with pytest.raises(FormatError, match=message):
         read_encoder(run)
+
+
+def test_nothing_is_written_of_an_account_that_no_card_can_be_made_of(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = json.dumps(account(read_encoder(run).sha256) | {"recipe": {"steps": [1, 2]}})
+    (run / "training.json").write_text(text)
+    assert main(["encoder", "convert", str(run), "-o", str(tmp_path / "out")]) == 2
+    assert "training.json: Expected `bool | int | float | str | null`, got `array` - at `$.recipe[...]`" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", encoder_names.packaged_encoders())

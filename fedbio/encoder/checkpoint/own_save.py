@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from fedbio.encoder.checkpoint import Loaded
-from fedbio.errors import DataError
+from fedbio.errors import DataError, FormatError
 from fedbio.files import write_whole
 from fedbio.model_card import CARD_FILE, is_card, model_card
 from fedbio.training_account import TRAINING_FILE, read_raw_account
@@ -52,6 +52,8 @@ def write_own(folder: Path, loaded: Loaded, config: EncoderConfig, form: WeightF
     if loaded.path is not None and folder.exists() and folder.samefile(loaded.path):
         raise DataError(f"{folder}: this is the encoder itself; give a new folder")
     raw = read_raw_account(loaded.path) if loaded.account is not None and loaded.path is not None else None
+    if raw is not None:
+        _check_account(raw, config, where=f"{loaded.path}/{TRAINING_FILE}")
     # an account of the weights that lay here before would contradict those that come now
     (folder / TRAINING_FILE).unlink(missing_ok=True)
     write_weights(folder, config, loaded.weights, form)
@@ -62,6 +64,14 @@ def write_own(folder: Path, loaded: Loaded, config: EncoderConfig, form: WeightF
         _write_card(folder / CARD_FILE, account, config)
         write_whole(folder / TRAINING_FILE, msgspec.json.format(msgspec.json.encode(account), indent=2) + b"\n")
     return written
+
+
+def _check_account(raw: dict[str, Any], config: EncoderConfig, *, where: str) -> None:
+    """Refuse an account of which no card can be written, before anything is."""
+    try:
+        model_card(raw, config)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{where}: {error}; get a fresh copy, or take it away") from error
 
 
 def _account(raw: dict[str, Any], loaded: Loaded, name: str, form: WeightForm, written: Written) -> dict[str, Any]:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from fedbio.encoder.pretraining.run import Start
 
 
-
 def write_encoder(
     folder: Path,
     start: Start,
