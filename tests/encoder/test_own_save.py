@@ -243,7 +243,10 @@ def test_nothing_is_written_of_an_account_that_no_card_can_be_made_of(
     text = json.dumps(account(read_encoder(run).sha256) | {"recipe": {"steps": [1, 2]}})
     (run / "training.json").write_text(text)
     assert main(["encoder", "convert", str(run), "-o", str(tmp_path / "out")]) == 2
-    assert "training.json: Expected `bool | int | float | str | null`, got `array` - at `$.recipe[...]`" in capsys.readouterr().err
+    assert (
+        "training.json: Expected `bool | int | float | str | null`, got `array` - at `$.recipe[...]`"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 
