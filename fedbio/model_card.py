@@ -39,6 +39,7 @@ class _Corpus(msgspec.Struct, frozen=True):
     residues: dict[str, int] = {}
     excluded: int = 0
     held_out_twins: int = 0
+    sha256: dict[str, str] = {}
 
 
 class _Weights(msgspec.Struct, frozen=True):
@@ -156,6 +157,8 @@ def _data(corpus: _Corpus, before: str | None) -> str:
         f"{corpus.held_out_twins:,} because they are identical to one that was held out."
     )
     table = _table(["use", "file", "bytes", "SHA-256"], rows)
+    if listed := corpus.sha256.get("train"):
+        left_out += f" SHA-256 of the sequences learnt from, one a line and in the order of the files: `{listed}`."
     return f"## Data\n\n{_by_hand('data', before)}\n\n{table}\n\n{counts or 'Not counted'}. {left_out}"
 
 

@@ -48,6 +48,7 @@ def account(sha256: str) -> dict[str, Any]:
             "proteins": {"train": 1000, "valid": 10},
             "residues": {"train": 300_000, "valid": 3_000},
             "excluded": 4,
+            "sha256": {"train": "ef" * 32},
         },
         "curve": CURVE,
         "stretches": [{"step": 0, "device": "cpu", "threads": 2, "processes": 1}] * 2,
@@ -130,6 +131,7 @@ def test_the_card_says_what_the_account_does_and_keeps_what_was_written_by_hand(
     assert f"| learnt from | euk.fasta | 1,234 | `{'ab' * 32}` |" in card
     assert f"| kept away from | test.fasta | 56 | `{'cd' * 32}` |" in card
     assert "1,000 proteins (300,000 residues) to learn from, 10 proteins (3,000 residues) held out. 4 proteins" in card
+    assert f"one a line and in the order of the files: `{'ef' * 32}`" in card
     assert "| learning_rate | 0.002 |" in card
     assert "30 updates in 2.0 hours on cpu, calls: 2" in card
     assert "| 0 | 0 | 130.00 | 90 |" in card
