@@ -8,10 +8,11 @@ import contextlib
 from pathlib import Path
 from typing import ClassVar
 
+from fedbio.encoder_names import packaged_path
 from fedbio.federation.executor import Executor, SiteContext
 from fedbio.federation.job_files import PLAIN_NAME
 from fedbio.federation.model import FLModel, Task
-from fedbio.federation.workflows.study import Embedded, EmbedSpec, meta, read_meta
+from fedbio.federation.workflows.study import Embedded, EmbedSpec, WeightsFile, meta, read_meta
 from fedbio.files import sha256_file
 
 
@@ -26,12 +27,24 @@ class Weights(Executor):
         """Return the SHA-256 of each file that has to be sent."""
         spec = read_meta(model.meta, EmbedSpec)
         folder = context.received(spec.group)
-        missing = [
-            each.sha256
-            for each in spec.files
-            if not (folder / each.name).is_file() or sha256_file(folder / each.name) != each.sha256
-        ]
-        return FLModel(meta={"missing": missing})
+        missing = [each for each in spec.files if not _is_there(folder / each.name, each)]
+        return FLModel(meta={"missing": [each.sha256 for each in missing if not _is_installed(spec, each, folder)]})
+
+
+def _is_there(path: Path, file: WeightsFile) -> bool:
+    return path.is_file() and sha256_file(path) == file.sha256
+
+
+def _is_installed(spec: EmbedSpec, file: WeightsFile, folder: Path) -> bool:
+    """Take a file from the encoder that came with this site's fedbio, if it is the very same, and not over the wire."""
+    own = packaged_path(spec.name)
+    if own is None or not PLAIN_NAME.fullmatch(file.name) or not _is_there(own / file.name, file):
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / file.name).unlink(missing_ok=True)
+    # a link takes no room; should another release put another file in its place, it is found out and sent
+    (folder / file.name).symlink_to((own / file.name).resolve())
+    return True
 
 
 class Embed(Executor):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -13,6 +14,10 @@ from fedbio.embeddings import Embeddings
 from fedbio.encoder.bins import BINS
 from fedbio.encoder.checkpoint import read_encoder
 from fedbio.encoder.checkpoint.huggingface_save import write_huggingface
+from fedbio.executors.embed import Weights as WeightsTask
+from fedbio.federation.model import FLModel
+from fedbio.federation.workflows.study import EmbedSpec, WeightsFile, meta
+from fedbio.files import sha256_file
 from fedbio.results import read_party
 from fedbio.settings import JobsFile
 from fedbio.weights import WEIGHTS_FILE, read_weights, weights_digest, write_weights
@@ -46,13 +51,14 @@ def test_sites_embed_with_a_folder_of_hugging_face(
             assert embeddings.info.width == config.width * (1 + BINS if pooling == "ends" else 1)
 
 
-@pytest.mark.parametrize(("named", "form"), [("comes with fedbio", "float16"), ("path", "int8")])
+@pytest.mark.parametrize(("named", "form"), [("comes with fedbio", "float16"), ("path", "int8"), ("path", "float16")])
 def test_sites_embed_with_rounded_weights_of_the_server(
     study: Any, tmp_path: Path, named: str, form: WeightForm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedbio.encoder_names.PACKAGED", tmp_path / "installed")
+    if named != "path":
+        monkeypatch.setattr("fedbio.encoder_names.PACKAGED", tmp_path / "encoders")
     config, weights = read_weights(study.encoder)
-    folder = tmp_path / "installed" / "mini"
+    folder = tmp_path / "encoders" / "mini"
     write_weights(folder, msgspec.structs.replace(config, name="mini"), weights, form)
     digest = weights_digest(read_weights(folder)[1])
     account = {
@@ -70,6 +76,9 @@ def test_sites_embed_with_rounded_weights_of_the_server(
     assert known_to_server is not None
     assert (known_to_server.name, known_to_server.weights_sha256) == ("mini", digest)
     assert digest != weights_digest(weights)
+    # by name, a site has the same files in its own installation; by path, they come over the wire
+    events = (study.folder / "server" / "events.jsonl").read_text()
+    assert events.count('"file sent"') == (12 if named == "path" else 0)
     for site in SITES:
         with Embeddings.open(study.folder / site / "embeddings.h5") as embeddings:
             assert embeddings.info.weights_sha256 == digest
@@ -79,3 +88,21 @@ def test_sites_embed_with_rounded_weights_of_the_server(
         assert sent.read_bytes() == (folder / WEIGHTS_FILE).read_bytes()
         assert read_encoder(sent.parent).sha256 == digest
         assert not (sent.parent / "README.md").exists()
+
+
+def test_a_server_cannot_have_a_site_replace_a_file_outside_of_the_folder_of_received_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedbio.encoder_names.PACKAGED", tmp_path / "encoders")
+    (tmp_path / "encoders" / "mini").mkdir(parents=True)
+    (tmp_path / "encoders" / "mini" / "config.json").touch()
+    (tmp_path / "twin").write_text("the same everywhere")
+    (tmp_path / "site" / "twin").parent.mkdir()
+    (tmp_path / "site" / "twin").write_text("mine")
+    file = WeightsFile("../../twin", sha256_file(tmp_path / "twin"), 19)
+    spec = EmbedSpec(name="mini", seed=0, sha256=None, dtype="auto", long="cut", files=(file,))
+    context = SimpleNamespace(received=lambda group: tmp_path / "site" / "received" / group)
+    answer = WeightsTask().execute(cast("Any", None), FLModel(meta=meta(spec)), cast("Any", context))
+    assert answer.meta == {"missing": [file.sha256]}
+    assert (tmp_path / "site" / "twin").read_text() == "mine"
+    assert not (tmp_path / "site" / "received").exists()
