@@ -21,7 +21,20 @@ TINY = EncoderConfig(name="tiny", trained=True, layers=2, heads=2, width=32, ffn
 ARCHITECTURE = ["--layers", "2", "--heads", "2", "--width", "32", "--ffn", "64", "--max-tokens", "66"]
 """The same as options."""
 
-RECIPE = ["--steps", "12", "--pack-tokens", "256", "--valid-every", "4", "--threads", "1", "--dtype", "float32"]
+RECIPE = [
+    "--steps",
+    "12",
+    "--packs",
+    "2",
+    "--pack-tokens",
+    "256",
+    "--valid-every",
+    "4",
+    "--threads",
+    "1",
+    "--dtype",
+    "float32",
+]
 
 Command = Callable[..., list[str]]
 

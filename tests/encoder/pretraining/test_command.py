@@ -100,7 +100,7 @@ def test_a_finished_run_is_left_as_it_is(command: Command, tmp_path: Path, capsy
         (["--learning-rate", "0.5"], "learning_rate was 0.002 and is 0.5"),
         (["--steps", "13"], "steps was 12 and is 13"),
         (["--seed", "1"], "seed was 0 and is 1"),
-        (["--packs", "3"], "packs was 1 and is 3"),
+        (["--packs", "3"], "packs was 2 and is 3"),
         (["--dtype", "bfloat16"], "dtype was 'float32' and is 'bfloat16'"),
         (["--width", "64"], "width was 32 and is 64"),
         (["--average", "ema"], "average was 'tail' and is 'ema'"),
@@ -110,9 +110,9 @@ def test_a_finished_run_is_left_as_it_is(command: Command, tmp_path: Path, capsy
 def test_a_changed_setting_is_refused_by_its_name(
     command: Command, capsys: pytest.CaptureFixture[str], option: list[str], message: str
 ) -> None:
-    assert main(command("--warmup-steps", "0", "--minutes", "1e-9")) == 0
+    assert main(command("--warmup-steps", "0", "--decay-share", "1", "--minutes", "1e-9")) == 0
     capsys.readouterr()
-    assert main(command("--warmup-steps", "0", *option)) == 2
+    assert main(command("--warmup-steps", "0", "--decay-share", "1", *option)) == 2
     assert message in capsys.readouterr().err
 
 
