@@ -100,9 +100,10 @@ class Probe:
             for fitted in self._alone(each, parts, rows):
                 scores = score(targets, fitted.predicted)
                 account.add(rows, each.name, fitted, scores, limit)
-                if best:
-                    what = f"{each.name}, {fitted.model}, minus {COMPOSITION}, {best[0].model}"
-                    account.add_difference(rows, what, scores, best[1])
+                for model in dict.fromkeys([best[0].model, "boosted trees"] if best else []):
+                    if model in plain:
+                        what = f"{each.name}, {fitted.model}, minus {COMPOSITION}, {model}"
+                        account.add_difference(rows, what, scores, plain[model][1])
             if not args.beside:
                 continue
             both = {fitted.model: (fitted, score(targets, fitted.predicted)) for fitted in self._fit(each, parts)}

@@ -159,6 +159,8 @@ def test_federated_models_and_baselines_are_measured_on_the_same_test_proteins(t
     assert goal["value"] > 0
     for model in ("boosted trees", "logistic regression", "central MLP"):
         assert f"| all rows | composition beside good minus composition, both {model} |" in tables
+    for model in ("local MLP, mean of the sites", "federated MLP", "central MLP"):
+        assert f"| all rows | good, {model}, minus composition, boosted trees |" in tables
     for folder, rows in (("probe-good", "all rows"), ("probe-good-far", "without relatives of test proteins")):
         results = table.parent / "results" / folder
         dealt = {each.id for path in (results / "data").iterdir() for each in read(path)}
