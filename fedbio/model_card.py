@@ -38,6 +38,7 @@ class _Corpus(msgspec.Struct, frozen=True):
     proteins: dict[str, int] = {}
     residues: dict[str, int] = {}
     excluded: int = 0
+    excluded_parts: int = 0
     held_out_twins: int = 0
     sha256: dict[str, str] = {}
 
@@ -154,6 +155,7 @@ def _data(corpus: _Corpus, before: str | None) -> str:
     )
     left_out = (
         f"{corpus.excluded:,} proteins were left out because they are identical to one of a file to be kept away from, "
+        f"{corpus.excluded_parts:,} because they are a part of one or have one as a part, "
         f"{corpus.held_out_twins:,} because they are identical to one that was held out."
     )
     table = _table(["use", "file", "bytes", "SHA-256"], rows)

@@ -54,7 +54,9 @@ class CorpusFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     proteins, residues : dict of str to int
         In ``train`` and ``valid``.
     excluded : int
-        Records left out because they are in `excluded_sources`.
+        Records left out because `excluded_sources` name their sequence or id.
+    excluded_parts : int
+        Records left out because they are a part of an excluded sequence, or have one as a part.
     held_out_twins : int
         Records left out of training because a held-out protein has the same sequence.
     invalid : int
@@ -74,6 +76,7 @@ class CorpusFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     proteins: dict[str, int]
     residues: dict[str, int]
     excluded: int
+    excluded_parts: int = 0  # a release before learnt from them
     held_out_twins: int
     invalid: int
     sha256: dict[str, str] = {}  # a release before did not write it
@@ -214,7 +217,7 @@ def _build(folder: Path, inputs: Inputs) -> CorpusFacts:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     counts = ReadCounts()
-    excluded = twins = 0
+    excluded = parts = twins = 0
     held_out: set[bytes] = set()
     with (
         _Writer(beside, "train") as train,
@@ -228,8 +231,10 @@ def _build(folder: Path, inputs: Inputs) -> CorpusFacts:
         for given_as_valid, (identifier, sequence) in records:
             progress.advance(1)
             digest = hashlib.sha256(sequence).digest()
-            if exclusion.holds(identifier, digest):
+            if exclusion.names(identifier, digest):
                 excluded += 1
+            elif exclusion.overlap.holds(sequence):
+                parts += 1
             elif given_as_valid:
                 held_out.add(digest)
                 valid.add(sequence)
@@ -241,7 +246,7 @@ def _build(folder: Path, inputs: Inputs) -> CorpusFacts:
                 train.add(sequence)
     if not len(train.ends) - 1:
         raise DataError(
-            f"{inputs.sources[0]}: no protein is left to train on; {excluded} are excluded, {twins} held out"
+            f"{inputs.sources[0]}: no protein is left to train on; {excluded + parts} are excluded, {twins} held out"
         )
     facts = CorpusFacts(
         sources=sources,
@@ -252,6 +257,7 @@ def _build(folder: Path, inputs: Inputs) -> CorpusFacts:
         proteins={"train": len(train.ends) - 1, "valid": len(valid.ends) - 1},
         residues={"train": train.ends[-1], "valid": valid.ends[-1]},
         excluded=excluded,
+        excluded_parts=parts,
         held_out_twins=twins,
         invalid=sum(counts.skipped.values()),
         sha256={"train": train.digest.hexdigest(), "valid": valid.digest.hexdigest()},
@@ -261,11 +267,12 @@ def _build(folder: Path, inputs: Inputs) -> CorpusFacts:
     os.replace(beside, folder)
     sync_folder(folder.parent)
     log.info(
-        "corpus packed proteins=%d residues=%d held_out=%d excluded=%d",
+        "corpus packed proteins=%d residues=%d held_out=%d excluded=%d excluded_parts=%d",
         facts.proteins["train"],
         facts.residues["train"],
         facts.proteins["valid"],
         excluded,
+        parts,
     )
     return facts
 

@@ -1,4 +1,4 @@
-"""Know what must never be trained on: sequences by their digest, records by their id."""
+"""Know what must never be trained on: sequences, their parts and what they are part of, digests, ids."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ __all__ = ["Exclusion", "read_exclusion"]
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedbio.encoder.pretraining.overlap import Overlap
 from fedbio.errors import DataError
 from fedbio.proteins import ReadCounts, read
 from fedbio.proteins.lines import read_lines
@@ -26,13 +27,17 @@ class Exclusion:
     digests : frozenset of bytes
         SHA-256 of sequences in upper case.
     ids : frozenset of str
+    overlap : Overlap
+        Of the sequences themselves, where they were given: a fragment of a test protein is not to be learnt either,
+        nor is the protein without its first methionine.
     """
 
     digests: frozenset[bytes] = frozenset()
     ids: frozenset[str] = frozenset()
+    overlap: Overlap = field(default_factory=lambda: Overlap(()))
 
-    def holds(self, identifier: str, digest: bytes) -> bool:
-        """Whether a record is to be left out."""
+    def names(self, identifier: str, digest: bytes) -> bool:
+        """Whether a record is named, by its sequence or its id."""
         return digest in self.digests or identifier in self.ids
 
 
@@ -51,21 +56,23 @@ def read_exclusion(sequences: Sequence[Path], ids: Sequence[Path] = ()) -> Exclu
     DataError
         If a file is missing or wrong: nothing is trained rather than too little left out.
     """
-    digests = {digest for path in sequences for digest in _digests(path)}
+    digests: set[bytes] = set()
+    known: list[bytes] = []
+    for path in sequences:
+        if _DIGEST.fullmatch(next(iter(_words(path)), "")):
+            digests.update(_digests(path))
+        else:
+            known += (protein.sequence.encode() for protein in read(path, classes=None))
+    digests.update(hashlib.sha256(sequence).digest() for sequence in known)
     names = {line for path in ids for line in _words(path)}
-    return Exclusion(frozenset(digests), frozenset(names))
+    return Exclusion(frozenset(digests), frozenset(names), Overlap(known))
 
 
 def _digests(path: Path) -> Iterable[bytes]:
-    first = next(iter(_words(path)), "")
-    if _DIGEST.fullmatch(first):
-        words = list(_words(path))
-        for number, word in enumerate(words, 1):
-            if not _DIGEST.fullmatch(word):
-                raise DataError(f"{path}: entry {number}: {word[:80]!r} is not a SHA-256 digest of 64 digits")
-        return [bytes.fromhex(word) for word in words]
-    proteins = read(path, classes=None)
-    return (hashlib.sha256(protein.sequence.encode()).digest() for protein in proteins)
+    for number, word in enumerate(_words(path), 1):
+        if not _DIGEST.fullmatch(word):
+            raise DataError(f"{path}: entry {number}: {word[:80]!r} is not a SHA-256 digest of 64 digits")
+        yield bytes.fromhex(word)
 
 
 def _words(path: Path) -> Iterable[str]:

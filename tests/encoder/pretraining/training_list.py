@@ -8,12 +8,63 @@ import gzip
 import hashlib
 import io
 import lzma
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW = 12
+POWERS = np.uint64(32) ** np.arange(WINDOW, dtype=np.uint64)
+
 OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
+
+
+class Banned:
+    """Sequences that must not be trained on, whole or in part.
+
+    Parameters
+    ----------
+    sequences : collection of bytes
+    parts : bool
+        Whether to know their parts as well, and what has one of them as a part, of 12 residues or more.
+    """
+
+    def __init__(self, sequences: Collection[bytes] = (), *, parts: bool = True) -> None:
+        self.digests = {hashlib.sha256(each).digest() for each in sequences}
+        long = [each for each in sequences if parts and len(each) >= WINDOW]
+        self._text = b"\n".join(long)
+        self._windows = np.unique(_numbers(self._text))
+        self._firsts: dict[int, list[bytes]] = {}
+        for each in long:
+            self._firsts.setdefault(int(_numbers(each[:WINDOW])[0]), []).append(each)
+        self._sorted = np.array(sorted(self._firsts), dtype=np.uint64)
+
+    def overlap(self, sequence: bytes) -> bool:
+        """Whether a sequence is a part of one of these, or has one of them as a part."""
+        numbers = _numbers(sequence)
+        if not len(numbers) or not self._firsts:
+            return False
+        if _among(numbers[-1:], self._windows)[0] and sequence in self._text:
+            return True
+        begins = np.flatnonzero(_among(numbers, self._sorted)).tolist()
+        return any(sequence.startswith(each, begin) for begin in begins for each in self._firsts[int(numbers[begin])])
+
+
+def _numbers(sequence: bytes) -> NDArray[np.uint64]:
+    letters = np.frombuffer(sequence, dtype=np.uint8).astype(np.uint64) % 32
+    if len(letters) < WINDOW:
+        return letters[:0]
+    numbers: NDArray[np.uint64] = np.lib.stride_tricks.sliding_window_view(letters, WINDOW) @ POWERS
+    return numbers
+
+
+def _among(numbers: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    places = np.minimum(np.searchsorted(known, numbers), len(known) - 1)
+    among: NDArray[np.bool_] = known[places] == numbers
+    return among
 
 
 @dataclass
@@ -23,13 +74,14 @@ class TrainingList:
     proteins: int = 0
     residues: int = 0
     excluded: int = 0
+    excluded_parts: int = 0
     twins: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
     found: int = 0
 
 
 def read_again(
-    corpus: Mapping[str, Any], folder: Path, *, banned: Set[bytes], looked_for: Set[bytes] = frozenset()
+    corpus: Mapping[str, Any], folder: Path, *, banned: Banned, looked_for: Set[bytes] = frozenset()
 ) -> TrainingList:
     """Go through the very files that an account names, which are known by their SHA-256, one protein at a time.
 
@@ -39,8 +91,8 @@ def read_again(
         ``corpus`` of a ``training.json``.
     folder : Path
         Where the files are, plain or ``.xz``.
-    banned : set of bytes
-        SHA-256 of the sequences that must not be trained on: left out and counted.
+    banned : Banned
+        What must not be trained on: left out and counted.
     looked_for : set of bytes
         SHA-256 of sequences to count in the list.
     """
@@ -49,15 +101,19 @@ def read_again(
     for source in corpus["valid_sources"]:
         for sequence in _sequences(folder, source):
             digest = hashlib.sha256(sequence).digest()
-            if digest in banned:
+            if digest in banned.digests:
                 again.excluded += 1
+            elif banned.overlap(sequence):
+                again.excluded_parts += 1
             else:
                 held_out.add(digest)
     for source in corpus["sources"]:
         for sequence in _sequences(folder, source):
             digest = hashlib.sha256(sequence).digest()
-            if digest in banned:
+            if digest in banned.digests:
                 again.excluded += 1
+            elif banned.overlap(sequence):
+                again.excluded_parts += 1
             elif digest in held_out:
                 again.twins += 1
             elif not _falls_out(sequence, corpus["seed"], corpus["valid_fraction"]):
@@ -71,10 +127,10 @@ def read_again(
 def check_account(corpus: Mapping[str, Any], again: TrainingList) -> None:
     """Fail unless the run has trained on this list, which has nothing in it that was banned."""
     assert corpus["excluded"] == again.excluded, "another number of banned proteins was left out"
+    assert corpus["excluded_parts"] == again.excluded_parts, "another number of their parts was left out"
     assert corpus["held_out_twins"] == again.twins
     assert (corpus["proteins"]["train"], corpus["residues"]["train"]) == (again.proteins, again.residues)
-    if corpus.get("sha256"):  # a run of a release before has none
-        assert corpus["sha256"]["train"] == again.digest.hexdigest(), "the run has trained on another list"
+    assert corpus["sha256"]["train"] == again.digest.hexdigest(), "the run has trained on another list"
 
 
 def _falls_out(sequence: bytes, seed: int, fraction: float) -> bool:
@@ -123,11 +179,11 @@ def _open(path: Path) -> Any:
     return OPENERS.get(path.suffix, open)(path, "rb")
 
 
-def table_digests(path: Path) -> dict[str, set[bytes]]:
-    """SHA-256 of the sequences of a table in FLIP's form, by ``train``, ``validation`` and ``test``."""
+def table_sequences(path: Path) -> dict[str, set[bytes]]:
+    """Sequences of a table in FLIP's form, by ``train``, ``validation`` and ``test``."""
     found: dict[str, set[bytes]] = {"train": set(), "validation": set(), "test": set()}
     with contextlib.closing(io.TextIOWrapper(_open(path), newline="")) as file:
         for row in csv.DictReader(file):
             part = "validation" if row["validation"] == "True" else row["set"]
-            found[part].add(hashlib.sha256(row["sequence"].upper().encode()).digest())
+            found[part].add(row["sequence"].upper().encode())
     return found
