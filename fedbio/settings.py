@@ -42,8 +42,10 @@ __all__ = [
     "Transport",
     "check",
     "check_party",
+    "input_problem",
     "load",
     "parse_hidden",
+    "parse_network",
 ]
 
 from collections.abc import Mapping
@@ -55,6 +57,7 @@ from pydantic import AfterValidator, Field
 
 from fedbio.compartments import COMPARTMENTS
 from fedbio.errors import SettingsError
+from fedbio.networks import input_problem, parse_hidden, parse_network
 from fedbio.settings_files import describe_problems, read_settings, with_overrides
 from fedbio.settings_jobs import (
     Aggregation,
@@ -84,7 +87,6 @@ from fedbio.settings_parts import (
     TaskKind,
     Transport,
     no_twins,
-    parse_hidden,
     text_form,
 )
 
@@ -119,6 +121,13 @@ class JobsFile(Section):
             ):
                 if count is not None and count < least:
                     problems.append(f"{key} is {count}, and {rule} of job {job.name} needs {least} updates in a round")
+        pooling = None
+        for job in self.jobs:
+            if isinstance(job, EmbedJob):
+                pooling = job.encoder.pooling
+            elif isinstance(job, ClassifyJob) and pooling is not None:
+                problem = input_problem(job.training.mlps, pooling)
+                problems += [f"job {job.name}: {problem}"] if problem else []
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -202,6 +211,8 @@ class RunSettings(Section):
         if least is not None and least > self.sites.count:
             raise ValueError(f"federation.min_sites is {least}, but sites.count is only {self.sites.count}")
         check_aggregation(self.aggregation, self.quantization)
+        if problem := input_problem(self.training.mlps, self.encoder.pooling):
+            raise ValueError(f"encoder.pooling and training.mlps: {problem}")
         return self
 
     @property

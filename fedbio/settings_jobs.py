@@ -33,8 +33,9 @@ from pydantic import AfterValidator, Field
 
 from fedbio.compartments import COMPARTMENTS
 from fedbio.encoder_names import DEFAULT_ENCODER
+from fedbio.networks import input_problem
 from fedbio.settings_parts import (
-    Hidden,
+    NetworkName,
     PartyName,
     Quantization,
     QuantizationSetting,
@@ -52,9 +53,9 @@ class EncoderSettings(Section):
     """SHA-256 that the weights must have; null takes them as they are and records it."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the random weights of a built-in architecture."""
-    pooling: Literal["mean", "ends", "max", "start"] = "mean"
+    pooling: Literal["mean", "ends", "max", "start", "residues"] = "mean"
     """How the vectors of residues become one: their average, the same beside averages at both ends, their maximum, or
-    that of the start token."""
+    that of the start token; residues keeps one for each, which light attention needs, at a hundred times the room."""
     layer: Annotated[int, Field(ge=0)] | None = None
     """The layer whose output is taken, 0 for the input of the first; null takes the last."""
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
@@ -64,13 +65,14 @@ class EncoderSettings(Section):
 
 
 class TrainingSettings(Section):
-    mlps: Annotated[list[Hidden], Field(min_length=1), AfterValidator(no_twins)] = [
+    mlps: Annotated[list[NetworkName], Field(min_length=1), AfterValidator(no_twins)] = [
         "32",
         "128-64",
         "256-128-64",
         "512-256-128-64",
     ]
-    """Hidden layers of each classifier to train."""
+    """Hidden layers of each classifier to train; la9-32 is light attention, with a kernel of 9 residues, before one of
+    32, and needs embeddings with pooling residues."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(no_twins)] = [0, 1, 2]
     """Each classifier is trained once per seed."""
     rounds: Annotated[int, Field(ge=1, le=100_000)] = 30
@@ -91,6 +93,16 @@ class TrainingSettings(Section):
     """Share of the training proteins held back for validation where the data flag none."""
     min_proteins: Annotated[int, Field(ge=2)] = 10
     """A site with fewer training proteins abstains: sums over so few would give single embeddings away."""
+    attention_residues: Annotated[int, Field(ge=2, le=100_000)] = 1_000
+    """The most residues of a protein that light attention reads; of a longer one, its first and last half of them."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_across(self) -> TrainingSettings:
+        if all(input_problem(self.mlps, pooling) for pooling in ("residues", "mean")):
+            raise ValueError(
+                "mlps: light attention reads one embedding per residue and MLPs one per protein; train them in two runs"
+            )
+        return self
 
 
 Aggregation = Literal["memory", "file", "lockstep"]

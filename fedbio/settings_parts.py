@@ -9,7 +9,7 @@ __all__ = [
     "Address",
     "DriverName",
     "FederationLimits",
-    "Hidden",
+    "NetworkName",
     "PartyName",
     "Quantization",
     "QuantizationSetting",
@@ -20,7 +20,6 @@ __all__ = [
     "TaskKind",
     "Transport",
     "no_twins",
-    "parse_hidden",
     "text_form",
 ]
 
@@ -30,23 +29,11 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field
 
-
-def parse_hidden(text: str) -> tuple[int, ...]:
-    """Turn an MLP's name into the widths of its hidden layers: ``"256-128-64"`` into ``(256, 128, 64)``.
-
-    Raises
-    ------
-    ValueError
-        If the text is not one to eight widths between 1 and 65,536 joined by hyphens.
-    """
-    widths = tuple(int(part) if part.isascii() and part.isdigit() else 0 for part in text.split("-"))
-    if not (1 <= len(widths) <= 8 and all(1 <= width <= 65_536 for width in widths)):
-        raise ValueError("expected one to eight layer widths joined by hyphens, for example 256-128-64")
-    return widths
+from fedbio.networks import parse_network
 
 
-def _is_hidden(text: str) -> str:
-    parse_hidden(text)
+def _is_network(text: str) -> str:
+    parse_network(text)
     return text
 
 
@@ -84,7 +71,7 @@ Address = Annotated[
         r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$", "HOST:PORT, for example fl.example.org:8443 or [::1]:8443"
     ),
 ]
-Hidden = Annotated[str, AfterValidator(_is_hidden)]
+NetworkName = Annotated[str, AfterValidator(_is_network)]
 Seconds = Annotated[float, Field(gt=0, le=1e7)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Bytes = Annotated[int, Field(ge=1 << 16, le=1 << 50)]

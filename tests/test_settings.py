@@ -200,3 +200,23 @@ def test_hidden_layers_are_read_from_their_name() -> None:
     for wrong in ("", "0", "12-", "a-b", "1.5", "-3", "9" * 9, "-".join("9" * 9)):
         with pytest.raises(ValueError, match="expected one to eight layer widths"):
             settings.parse_hidden(wrong)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "mlps", "message"),
+    [
+        ("mean", ["la9-32"], r"job classify: light attention \(la9-32\) reads one embedding per residue"),
+        ("residues", ["32"], "job classify: the MLP 32 reads one embedding per protein"),
+        ("residues", ["la9-32", "32"], "mlps: light attention reads one embedding per residue and MLPs one per protein"),
+    ],
+)
+def test_jobs_whose_classifiers_cannot_read_the_embeddings_are_refused(
+    tmp_path: Path, pooling: str, mlps: list[str], message: str
+) -> None:
+    jobs = [
+        {"workflow": "embed", "encoder": {"pooling": pooling}},
+        {"workflow": "classify", "training": {"mlps": mlps}},
+    ]
+    (tmp_path / "jobs.json").write_text(json.dumps({"jobs": jobs}))
+    with pytest.raises(SettingsError, match=message):
+        settings.load(tmp_path / "jobs.json", settings.JobsFile)

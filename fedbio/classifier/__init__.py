@@ -1,4 +1,4 @@
-"""The classifier: an MLP over protein embeddings, its training, its measures, its files."""
+"""The classifier over protein embeddings: an MLP or light attention, its training, its measures, its files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ __all__ = [
     "ModelCard",
     "Moments",
     "Parameters",
+    "Residues",
     "SiteData",
     "Standardizer",
     "TrainData",
@@ -41,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 from fedbio.classifier.architecture import Parameters, check_parameters, format_hidden, initialize
 from fedbio.classifier.examples import TrainData
 from fedbio.classifier.metrics import accuracy, confusion_matrix, f1_per_class, macro_f1, mcc
+from fedbio.classifier.residues import Residues
 from fedbio.classifier.standardize import Moments, Standardizer, moments
 from fedbio.classifier.unsure import choose_threshold, confidence_counts
 

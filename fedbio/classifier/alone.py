@@ -12,6 +12,7 @@ from fedbio.classifier.architecture import Parameters, initialize
 from fedbio.classifier.examples import TrainData
 from fedbio.classifier.inference import evaluate
 from fedbio.classifier.training import train
+from fedbio.networks import Attention
 
 
 class CurvePoint(NamedTuple):
@@ -51,6 +52,7 @@ def train_alone(
     *,
     hidden: Sequence[int],
     classes: int,
+    attention: Attention | None = None,
     rounds: int,
     epochs_per_round: int = 1,
     patience: int,
@@ -66,11 +68,13 @@ def train_alone(
     Parameters
     ----------
     data, validation : TrainData
-        Standardized embeddings.
+        Standardized embeddings, of residues for light attention.
     hidden : sequence of int
         Widths of the hidden layers.
     classes : int
         Number of classes, C.
+    attention : Attention, optional
+        Light attention before the hidden layers; then the data are residues.
     rounds, epochs_per_round : int
         The budget; each round begins with a fresh optimizer, as in federated averaging.
     patience : int
@@ -86,7 +90,7 @@ def train_alone(
     -------
     AloneOutcome
     """
-    parameters = best = initialize(data.features.shape[1], hidden, classes, seed=seed)
+    parameters = best = initialize(data.features.shape[1], hidden, classes, seed=seed, attention=attention)
     best_round, best_accuracy = 0, None
     curve: list[CurvePoint] = []
     for number in range(rounds + 1):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["SiteData", "load_site_data", "merge_sites"]
+__all__ = ["SiteData", "load_features", "load_site_data", "merge_sites"]
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from fedbio.classifier.examples import TrainData
-from fedbio.embeddings import Embeddings, sequence_digest
+from fedbio.classifier.residues import Features, Residues, join
+from fedbio.embeddings import RESIDUES, Embeddings, sequence_digest
 from fedbio.errors import DataError
 from fedbio.proteins import Protein, read
 from fedbio.results import ClassCounts, DataRecord, EncoderInfo
@@ -87,6 +89,7 @@ def load_site_data(
     validation_fraction: float = 0.1,
     labels: _Path | None = None,
     skip_invalid: bool = False,
+    attention_residues: int = 1_000,
 ) -> SiteData:
     """Read a party's proteins and their embeddings.
 
@@ -95,13 +98,15 @@ def load_site_data(
     source : path-like
         Anything that `fedbio.proteins.read` reads; every protein needs a label.
     embeddings : path-like
-        The embeddings file of these proteins.
+        The embeddings file of these proteins. One with a row per residue stays open as long as the data are used.
     classes : sequence of str
         The locations that the federation tells apart, in order.
     validation_fraction : float
         Share of the training proteins held back for validation, if the file flags none itself.
     labels, skip_invalid
         Passed to `fedbio.proteins.read`.
+    attention_residues : int
+        The most residues of a protein that are read, if there is a row for each.
 
     Returns
     -------
@@ -119,17 +124,20 @@ def load_site_data(
     for protein in proteins:
         parts[TEST if protein.set == TEST else VALIDATION if protein.id in held_back else TRAIN].append(protein)
     place = {name: number for number, name in enumerate(classes)}
-    with Embeddings.open(embeddings) as store:
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(Embeddings.open(embeddings))
         check_sequences(store, digests)
         loaded = {
             name: TrainData(
-                store.rows([protein.id for protein in part]),
+                load_features(store, [protein.id for protein in part], attention_residues),
                 np.array([place[protein.target or ""] for protein in part], dtype=np.int64),
                 tuple(protein.id for protein in part),
             )
             for name, part in parts.items()
         }
         encoder = store.info
+        if encoder.pooling == RESIDUES:
+            stack.pop_all()
     return SiteData(
         **loaded,
         classes=tuple(classes),
@@ -138,6 +146,19 @@ def load_site_data(
         lengths={protein.id: len(protein.sequence) for protein in proteins},
         digests=digests,
     )
+
+
+def load_features(store: Embeddings, ids: Sequence[str], attention_residues: int | None) -> Features:
+    """Return the rows of proteins, or, where there is one per residue, what reads them: see `Residues`.
+
+    Raises
+    ------
+    DataError
+        If the file lacks one.
+    """
+    if store.info.pooling == RESIDUES:
+        return Residues.of(store, ids, most=attention_residues)
+    return store.rows(ids)
 
 
 def check_sequences(store: Embeddings, digests: Mapping[str, bytes]) -> None:
@@ -204,7 +225,7 @@ def merge_sites(parts: Sequence[SiteData]) -> SiteData:
             kept[split].append(TrainData(data.features[fresh], data.targets[fresh], ids))
     merged = {
         split: TrainData(
-            np.concatenate([data.features for data in pieces]),
+            join([data.features for data in pieces]),
             np.concatenate([data.targets for data in pieces]),
             tuple(name for data in pieces for name in data.ids),
         )

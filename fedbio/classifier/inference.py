@@ -1,11 +1,13 @@
-"""Apply an MLP: probabilities for embeddings, and how often they are right."""
+"""Apply a network: probabilities for embeddings, and how often they are right."""
 
 from __future__ import annotations
 
 __all__ = ["Evaluation", "evaluate", "measure", "predict"]
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +16,14 @@ from numpy.typing import NDArray
 from fedbio.classifier.architecture import Parameters
 from fedbio.classifier.examples import TrainData
 from fedbio.classifier.metrics import accuracy, confusion_matrix, macro_f1, mcc
-from fedbio.classifier.network import Network, as_tensor
+from fedbio.classifier.network import Network, as_tensor, reader
+from fedbio.classifier.residues import Features, Residues
 from fedbio.classifier.threads import torch_threads
 
 BLOCK_ROWS = 16_384
 """Proteins at a time, so that memory does not grow with their number."""
+BLOCK_RESIDUES = 16_384
+"""Residues at a time, and those of the protein that reaches it."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +61,41 @@ class Evaluation:
         return mcc(self.confusion)
 
 
-def predict(parameters: Parameters, features: NDArray[np.float32]) -> NDArray[np.float32]:
+def predict(parameters: Parameters, features: Features) -> NDArray[np.float32]:
     """Return the probability of each class.
 
     Parameters
     ----------
     parameters : dict of str to ndarray, float32
-    features : ndarray, shape (n, D), float32
+    features : ndarray, shape (n, D), float32, or Residues
 
     Returns
     -------
     ndarray, shape (n, C), float32
         Rows sum to 1.
+
+    Raises
+    ------
+    DataError
+        If the model takes other embeddings.
     """
     network = Network(parameters).eval()
-    with torch_threads(1), torch.inference_mode():
-        blocks = [network(block).softmax(dim=1) for block in torch.split(as_tensor(features), BLOCK_ROWS)]
-        return torch.cat(blocks).numpy()
+    read = reader(network, features)
+    if not len(features):
+        return np.empty((0, network.classes), dtype=np.float32)
+    blocks: Iterable[tuple[Any, ...]]
+    if isinstance(features, Residues):
+        blocks = map(read, _blocks(features.lengths))
+    else:
+        blocks = zip(torch.split(as_tensor(features), BLOCK_ROWS), strict=True)
+    with torch_threads(network.threads), torch.inference_mode():
+        return torch.cat([network(*block).softmax(dim=1) for block in blocks]).numpy()
+
+
+def _blocks(lengths: NDArray[np.int64]) -> Iterator[torch.Tensor]:
+    numbers = (np.cumsum(lengths) - 1) // BLOCK_RESIDUES
+    for block in np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(numbers)) + 1):
+        yield torch.from_numpy(block)
 
 
 def evaluate(parameters: Parameters, data: TrainData) -> Evaluation:

@@ -1,9 +1,11 @@
 """Keep a trained classifier in a folder: ``model.safetensors``, and ``model.json``, which says how to use it.
 
 Format ``fedbio-classifier`` version 1. ``model.safetensors`` holds ``layers.I.weight`` (out, in) and ``layers.I.bias``
-(out,) for each layer, and ``standardizer.mean`` and ``standardizer.scale`` (D,), all float32. ``model.json`` is a
-`ModelCard`. To predict: embed with the card's encoder, subtract the mean and divide by the scale, apply the layers with
-ReLU between them, and take the softmax; output I is class I of the card.
+(out,) for each layer, and ``standardizer.mean`` and ``standardizer.scale`` (D,), all float32; of light attention also
+the tensors that `fedbio.classifier.architecture.Parameters` names. ``model.json`` is a `ModelCard`. To predict: embed
+with the card's encoder, subtract the mean and divide by the scale, apply light attention if there is any
+(`fedbio.classifier.attention`), apply the layers with ReLU between them, and take the softmax; output I is class I of
+the card.
 """
 
 from __future__ import annotations
@@ -13,18 +15,20 @@ __all__ = ["CARD_FILE", "PARAMETERS_FILE", "Model", "ModelCard", "load_model", "
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from fedbio import __version__
-from fedbio.classifier.architecture import Parameters, check_parameters, format_hidden
+from fedbio.classifier.architecture import Parameters, check_parameters
+from fedbio.classifier.residues import Features
 from fedbio.classifier.standardize import Standardizer
 from fedbio.classifier.unsure import is_unsure
 from fedbio.errors import DataError, FormatError
 from fedbio.files import sha256_file, write_whole
+from fedbio.networks import Attention, NetworkShape, input_problem
 from fedbio.results import EncoderInfo
 from fedbio.tensors import open_file, write_file
 
@@ -42,6 +46,11 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         In the order of the outputs.
     hidden : list of int
         Widths of the hidden layers.
+    attention : Attention or None
+        Light attention before them.
+    attention_residues : int or None
+        The most residues of a protein that light attention reads: of a longer one, its first and its last half of them.
+        None for all.
     encoder : EncoderInfo
         What made the embeddings that it was trained on; it takes no others.
     unsure_below : float
@@ -60,6 +69,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     version: Literal[1] = 1
     classes: list[str]
     hidden: list[int]
+    attention: Attention | None = None
+    attention_residues: Annotated[int, msgspec.Meta(ge=2)] | None = None
     encoder: EncoderInfo
     unsure_below: float = 0.5
     seed: int = 0
@@ -71,8 +82,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def mlp(self) -> str:
-        """The MLP's name, for example ``"256-128-64"``."""
-        return format_hidden(self.hidden)
+        """The classifier's name, for example ``"256-128-64"``."""
+        return NetworkShape(tuple(self.hidden), self.attention).name
 
 
 @dataclass(frozen=True)
@@ -89,8 +100,11 @@ class Model:
     standardizer: Standardizer
     card: ModelCard
 
-    def predict(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the probability of each class, shape (n, C), for embeddings as the encoder made them, shape (n, D)."""
+    def predict(self, embeddings: Features) -> NDArray[np.float32]:
+        """Return the probability of each class, shape (n, C), for embeddings as the encoder made them, shape (n, D).
+
+        Light attention takes `fedbio.classifier.residues.Residues`.
+        """
         # imported here: who only keeps model files, such as a federation's server, needs no torch
         from fedbio.classifier.inference import predict
 
@@ -112,7 +126,7 @@ def save_model(
         If the parameters do not fit the card.
     """
     target = Path(folder)
-    check_parameters(parameters, width=card.encoder.width, hidden=card.hidden, classes=len(card.classes))
+    _check(parameters, card)
     tensors = {**parameters, "standardizer.mean": standardizer.mean, "standardizer.scale": standardizer.scale}
     write_file(target / PARAMETERS_FILE, tensors)
     complete = msgspec.structs.replace(card, parameters_sha256=sha256_file(target / PARAMETERS_FILE))
@@ -141,10 +155,22 @@ def load_model(folder: str | os.PathLike[str]) -> Model:
     tensors = {name: np.array(tensor) for name, tensor in open_file(tensors_path).items()}
     try:
         standardizer = Standardizer(tensors.pop("standardizer.mean"), tensors.pop("standardizer.scale"))
-        check_parameters(tensors, width=card.encoder.width, hidden=card.hidden, classes=len(card.classes))
+        _check(tensors, card)
     except (KeyError, DataError) as error:
         raise FormatError(f"{tensors_path}: does not fit {CARD_FILE}: {error}; copy both files again") from error
     return Model(tensors, standardizer, card)
+
+
+def _check(parameters: Parameters, card: ModelCard) -> None:
+    check_parameters(
+        parameters,
+        width=card.encoder.width,
+        hidden=card.hidden,
+        classes=len(card.classes),
+        attention=card.attention,
+    )
+    if problem := input_problem([card.mlp], card.encoder.pooling):
+        raise DataError(problem)
 
 
 def _read_card(path: Path) -> ModelCard:

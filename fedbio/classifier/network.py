@@ -1,8 +1,14 @@
-"""The MLP in torch: linear layers, ReLU and dropout. B proteins, D inputs, H hidden units, C classes."""
+"""The network in torch: linear layers, ReLU and dropout, perhaps after light attention.
+
+B proteins, D inputs, H hidden units, C classes.
+"""
 
 from __future__ import annotations
 
-__all__ = ["Network", "as_tensor"]
+__all__ = ["Network", "as_tensor", "reader"]
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +16,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedbio.classifier.architecture import Parameters, layer_widths
+from fedbio.classifier.architecture import Parameters, convolution_shape, layer_widths
+from fedbio.classifier.attention import LightAttention
+from fedbio.classifier.residues import Features, Residues
+from fedbio.errors import DataError
 
 
 def as_tensor(features: NDArray[np.float32]) -> Tensor:
@@ -19,7 +28,7 @@ def as_tensor(features: NDArray[np.float32]) -> Tensor:
 
 
 class Network(nn.Module):
-    """An MLP from its parameters; ``layers.I`` are `torch.nn.Linear`.
+    """A network from its parameters; ``layers.I`` are `torch.nn.Linear`, ``attention`` a `LightAttention` or None.
 
     Parameters
     ----------
@@ -36,16 +45,24 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self._kept, self._generator = 1.0 - dropout, generator
+        self.width, *outputs = layer_widths(parameters)
+        self.classes = outputs[-1]
+        self.attention: LightAttention | None = None
+        if convolution := convolution_shape(parameters):
+            self.attention = LightAttention(parameters, dropout=dropout, generator=generator)
+            self.width = convolution[1]
         self.layers = nn.ModuleList()
-        for layer in range(len(layer_widths(parameters)) - 1):
+        for layer in range(len(outputs)):
             weight, bias = parameters[f"layers.{layer}.weight"], parameters[f"layers.{layer}.bias"]
             linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
             linear.weight = nn.Parameter(torch.from_numpy(np.array(weight)))
             linear.bias = nn.Parameter(torch.from_numpy(np.array(bias)))
             self.layers.append(linear)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits, shape (B, C), for embeddings, shape (B, D)."""
+    def forward(self, x: Tensor, lengths: list[int] | None = None) -> Tensor:
+        """Return logits, shape (B, C), for embeddings, shape (B, D), or for what `LightAttention` takes."""
+        if self.attention is not None:
+            x = self.attention(x, lengths)  # (B, 2 F)
         *hidden, last = self.layers
         for layer in hidden:
             x = F.relu(layer(x))  # (B, H)
@@ -55,6 +72,50 @@ class Network(nn.Module):
         logits: Tensor = last(x)  # (B, C)
         return logits
 
+    @property
+    def threads(self) -> int:
+        """How many threads to share a step between; that of an MLP is too small for more than one."""
+        return 1 if self.attention is None else torch.get_num_threads()
+
     def to_parameters(self) -> Parameters:
         """Return the parameters as arrays of their own."""
         return {name: tensor.detach().numpy().copy() for name, tensor in self.named_parameters()}
+
+
+def reader(network: Network, features: Features) -> Callable[[Tensor], tuple[Any, ...]]:
+    """Return what gives the arguments of a network for some proteins, by their places, shape (B,), int64.
+
+    Raises
+    ------
+    DataError
+        If the network does not take these embeddings; with what to do.
+    """
+    if network.width != features.shape[1]:
+        raise DataError(
+            f"embeddings of width {features.shape[1]} for a classifier that takes {network.width}; "
+            "embed with the encoder that the federation agreed on"
+        )
+    attention = network.attention
+    if isinstance(features, Residues) and attention is not None:
+        residues, gap = features, attention.gap
+
+        def pack(places: Tensor) -> tuple[Any, ...]:
+            lengths = residues.lengths[places.numpy()].tolist()
+            # torch's memory: a product's bits may depend on where in a cache line its factors begin
+            rows = torch.zeros(sum(lengths) + gap * (len(lengths) + 1), network.width)
+            residues.read(places.numpy(), rows.numpy(), gap=gap)
+            return rows, lengths
+
+        return pack
+    if isinstance(features, Residues):
+        raise DataError(
+            "embeddings of residues for an MLP, which takes one per protein; embed again, for example with "
+            "`--pooling mean`"
+        )
+    if attention is not None:
+        raise DataError(
+            "one embedding per protein for light attention, which takes one per residue; embed with "
+            "`--pooling residues`"
+        )
+    tensor = as_tensor(features)
+    return lambda places: (tensor.index_select(0, places),)

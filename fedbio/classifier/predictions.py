@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedbio.classifier.data import check_sequences
+from fedbio.classifier.data import check_sequences, load_features
 from fedbio.classifier.model_files import Model
 from fedbio.embeddings import Embeddings, sequence_digest
 from fedbio.errors import DataError
@@ -103,7 +103,7 @@ def predict_file(
         nonlocal unsure
         for first in range(0, len(ids), BLOCK_ROWS):
             block = ids[first : first + BLOCK_ROWS]
-            probabilities = model.predict(store.rows(block))
+            probabilities = model.predict(load_features(store, block, model.card.attention_residues))
             flags = model.is_unsure(probabilities).tolist()
             for name, row, best, flag in zip(
                 block, probabilities.tolist(), probabilities.argmax(axis=1).tolist(), flags, strict=True

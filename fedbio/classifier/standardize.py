@@ -5,20 +5,24 @@ from __future__ import annotations
 __all__ = ["Moments", "Standardizer", "moments"]
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedbio.classifier.residues import Features, Residues
 from fedbio.errors import DataError
 
 CONSTANT = 1e-5
 """A feature whose standard deviation is below this share of its size is constant, but for rounding."""
 
+F = TypeVar("F", NDArray[np.float32], Residues, Features)
+
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over proteins.
+    """Sums over proteins, or over their residues.
 
     Parameters
     ----------
@@ -34,13 +38,23 @@ class Moments:
     squares: NDArray[np.float64]
 
 
-def moments(features: NDArray[np.float32]) -> Moments:
-    """Sum features, shape (n, D), and their squares in float64."""
+def moments(features: Features) -> Moments:
+    """Sum features, shape (n, D), and their squares in float64; of residues, over all of them."""
+    if isinstance(features, Residues):
+        return _moments_of_residues(features)
     return Moments(
         len(features),
         features.sum(axis=0, dtype=np.float64),
         np.einsum("nd,nd->d", features, features, dtype=np.float64),
     )
+
+
+def _moments_of_residues(features: Residues) -> Moments:
+    count, total, squares = 0, np.zeros(features.shape[1]), np.zeros(features.shape[1])
+    for rows in features.each():
+        one = moments(rows)
+        count, total, squares = count + one.count, total + one.total, squares + one.squares
+    return Moments(count, total, squares)
 
 
 @dataclass(frozen=True)
@@ -77,12 +91,14 @@ class Standardizer:
         return cls(mean.astype(np.float32), scale.astype(np.float32))
 
     @classmethod
-    def fit(cls, features: NDArray[np.float32]) -> Standardizer:
-        """Make the standardizer of features, shape (n, D)."""
+    def fit(cls, features: Features) -> Standardizer:
+        """Make the standardizer of features, shape (n, D), or of residues."""
         return cls.from_moments([moments(features)])
 
-    def apply(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return standardized features, shape (n, D), float32."""
+    def apply(self, features: F) -> F:
+        """Return standardized features, shape (n, D), float32; residues are standardized when they are read."""
+        if isinstance(features, Residues):
+            return replace(features, standardizer=self)
         standardized = features - self.mean
         standardized /= self.scale
         return standardized

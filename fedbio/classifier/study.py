@@ -43,7 +43,7 @@ from fedbio.results import (
     write_party,
     write_table,
 )
-from fedbio.settings import TrainingSettings, parse_hidden
+from fedbio.settings import TrainingSettings, input_problem, parse_network
 
 MODEL_FOLDER = "model"
 
@@ -109,11 +109,13 @@ def run_study(
     Raises
     ------
     DataError
-        If there are no training proteins, or training goes astray.
+        If there are no training proteins, the embeddings are not what the classifiers read, or training goes astray.
     """
     started, clock = utc_now(), time.perf_counter()
     if not len(data.train):
         raise DataError(f"{data.source}: no protein with SET=train; there is nothing to train on")
+    if problem := input_problem(training.mlps, data.encoder.pooling):
+        raise DataError(f"{data.source}: {problem}")
     standardizer = Standardizer.fit(data.train.features)
     train, validation, test = (
         TrainData(standardizer.apply(part.features), part.targets, part.ids)
@@ -129,11 +131,13 @@ def run_study(
 
         def run(job: tuple[str, int]) -> _Run:
             mlp, seed = job
+            hidden, attention = parse_network(mlp)
             outcome = train_alone(
                 train,
                 validation,
-                hidden=parse_hidden(mlp),
+                hidden=hidden,
                 classes=len(data.classes),
+                attention=attention,
                 rounds=training.rounds,
                 epochs_per_round=training.epochs,
                 patience=training.patience,
@@ -157,14 +161,17 @@ def run_study(
                 prediction_rows(party, mlp, seed, test, on_test, data.classes),
             )
 
-        # a step is too small to be worth sharing between threads, but two runs go well side by side
+        # an MLP's step is too small to be worth sharing between threads, but two runs go well side by side
         with torch_threads(1) as before, ThreadPoolExecutor(min(threads or before, len(jobs))) as pool:
             runs = list(pool.map(run, jobs))
     accuracy = {mlp: fmean(each.test.accuracy for each in runs if each.mlp == mlp) for mlp in training.mlps}
     chosen = _choose(runs, training.mlps)
+    hidden, attention = parse_network(chosen.mlp)
     card = ModelCard(
         classes=list(data.classes),
-        hidden=list(parse_hidden(chosen.mlp)),
+        hidden=list(hidden),
+        attention=attention,
+        attention_residues=training.attention_residues if attention else None,
         encoder=data.encoder,
         unsure_below=choose_threshold(chosen.confidence),
         seed=chosen.seed,

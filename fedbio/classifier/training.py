@@ -1,4 +1,4 @@
-"""Train an MLP on embeddings in memory for some epochs, from given parameters to new ones."""
+"""Train a network on embeddings for some epochs, from given parameters to new ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from fedbio.classifier.architecture import Parameters
 from fedbio.classifier.examples import TrainData
-from fedbio.classifier.network import Network, as_tensor
+from fedbio.classifier.network import Network, reader
 from fedbio.classifier.optimizer import AdamW
 from fedbio.classifier.threads import torch_threads
 from fedbio.errors import DataError
@@ -71,12 +71,12 @@ def train(
     Returns
     -------
     TrainOutcome
-        The same bits for the same arguments on the same machine.
+        The same bits for the same arguments, and as many threads of torch, on the same machine.
 
     Raises
     ------
     DataError
-        If there is no protein, its embedding has another width than the model, or the loss is no longer finite.
+        If there is no protein, the model takes other embeddings, or the loss is no longer finite.
     """
     count = len(data)
     if not count:
@@ -84,17 +84,17 @@ def train(
     random = np.random.default_rng([seed, round_number])
     generator = torch.Generator().manual_seed(int(random.integers(2**63)))
     network = Network(parameters, dropout=dropout, generator=generator).train()
-    _check_fit(parameters, data)
+    read = reader(network, data.features)
     optimizer = AdamW(network, learning_rate=learning_rate, weight_decay=weight_decay)
-    features, targets = as_tensor(data.features), torch.from_numpy(np.array(data.targets, dtype=np.int64))
+    targets = torch.from_numpy(np.array(data.targets, dtype=np.int64))
     batches = math.ceil(count / batch_size)
     total = torch.zeros(())
-    with torch_threads(1):
+    with torch_threads(network.threads):
         for epoch in range(epochs):
             order = torch.from_numpy(random.permutation(count))
             total.zero_()
             for batch in order.tensor_split(batches):
-                loss = F.cross_entropy(network(features.index_select(0, batch)), targets.index_select(0, batch))
+                loss = F.cross_entropy(network(*read(batch)), targets.index_select(0, batch))
                 optimizer.step(loss)
                 total += loss.detach() * len(batch)
             if on_epoch is not None:
@@ -106,12 +106,3 @@ def train(
             f"(now {learning_rate:g}), and see that the embeddings are finite"
         )
     return TrainOutcome(network.to_parameters(), mean_loss, epochs * batches)
-
-
-def _check_fit(parameters: Parameters, data: TrainData) -> None:
-    width = parameters["layers.0.weight"].shape[1]
-    if data.features.shape[1] != width:
-        raise DataError(
-            f"embeddings of width {data.features.shape[1]} for a classifier that takes {width}; "
-            "embed with the encoder that the federation agreed on"
-        )

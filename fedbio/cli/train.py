@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             validation_fraction=settings.training.validation_fraction,
             labels=args.labels,
             skip_invalid=args.skip_invalid,
+            attention_residues=settings.training.attention_residues,
         )
         for source, embeddings in zip(args.sources, args.embeddings, strict=True)
     ]

@@ -155,13 +155,24 @@ class Embeddings:
         DataError
             If the protein is not in the file, or that has one row per protein.
         """
+        first, last = self.spans([id])[0].tolist()
+        return self.span(first, last)
+
+    def spans(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """Return the first row of each protein and the one after its last, shape (len(ids), 2); see `span`.
+
+        Raises
+        ------
+        DataError
+            As `residues`.
+        """
         if self.pointers is None:
             raise DataError(
                 f"{self.path}: has one row per protein, by pooling {self.info.pooling!r}; "
                 "embed with `--pooling residues` for one per residue"
             )
-        place = int(self._find([id])[0])
-        return self.span(int(self.pointers[place]), int(self.pointers[place + 1]))
+        places = self._find(ids)
+        return np.stack([self.pointers[places], self.pointers[places + 1]], axis=1)
 
     def _find(self, ids: Sequence[str]) -> NDArray[np.int64]:
         missing = [name for name in ids if name not in self._places]

@@ -7,7 +7,9 @@ __all__ = ["Project", "Scatter", "ShowMap"]
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fedbio.classifier.residues import Features, Residues
 from fedbio.executors.shelf import Shelf
 from fedbio.executors.statistics import abstains
 from fedbio.federation.executor import Executor, SiteContext
@@ -29,7 +31,7 @@ class Scatter(Executor):
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
         """Return one float64 matrix, shape (D, D), or abstain."""
         study = read_meta(model.meta, Study)
-        features = self.shelf.standardized(study, model.params, context).train.features
+        features = pooled(self.shelf.standardized(study, model.params, context).train.features)
         if abstains(len(features), study, task.name, context):
             return FLModel(meta={WEIGHT: 0})
         wide = features.astype(np.float64)
@@ -51,7 +53,7 @@ class Project(Executor):
         sample = read_meta(model.meta, Sample)
         data = self.shelf.standardized(sample.study, model.params, context)
         parts = {"train": data.train, "validation": data.validation, "test": data.test}
-        features = np.concatenate([part.features for part in parts.values()])
+        features = np.concatenate([pooled(part.features) for part in parts.values()])
         targets = np.concatenate([part.targets for part in parts.values()])
         splits = [split for split, part in parts.items() for _ in range(len(part))]
         # a sample in random order: a place in the list says nothing of a place in the file
@@ -86,3 +88,8 @@ class ShowMap(Executor):
         """Write ``map.csv``; nothing but an empty answer leaves."""
         write_table(context.workspace / MAP_FILE, MAP_COLUMNS, read_meta(model.meta, Points).points)
         return FLModel()
+
+
+def pooled(features: Features) -> NDArray[np.float32]:
+    """Return one row per protein, shape (n, D): of embeddings of residues, their mean."""
+    return features.means() if isinstance(features, Residues) else features

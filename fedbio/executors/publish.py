@@ -19,7 +19,7 @@ from fedbio.federation.executor import Executor, SiteContext
 from fedbio.federation.model import FLModel, Task
 from fedbio.federation.workflows.study import MEAN, SCALE, Publication, read_meta, study_folder
 from fedbio.results import METRICS_COLUMNS, METRICS_FILE, write_table
-from fedbio.settings import parse_hidden
+from fedbio.settings import parse_network
 
 GLOBAL = "global"
 """The folder of the model that the sites trained together."""
@@ -52,9 +52,12 @@ def save_global(workspace: Path, params: Mapping[str, NDArray[Any]], publication
     from fedbio.classifier.model_files import ModelCard, save_model
     from fedbio.executors.shelf import layers
 
+    hidden, attention = parse_network(publication.best)
     card = ModelCard(
         classes=list(publication.study.classes),
-        hidden=list(parse_hidden(publication.best)),
+        hidden=list(hidden),
+        attention=attention,
+        attention_residues=publication.study.attention_residues if attention else None,
         encoder=publication.encoder,
         unsure_below=choose_threshold(np.array(publication.confidence)) if publication.confidence else 1.0,
         seed=publication.seed,

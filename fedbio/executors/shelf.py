@@ -51,6 +51,7 @@ class Shelf:
                 study.classes,
                 validation_fraction=study.validation_fraction,
                 labels=context.labels,
+                attention_residues=study.attention_residues,
             )
             self._key, self._standard = key, None
         return self._data
@@ -73,4 +74,4 @@ class Shelf:
 
 def layers(params: Mapping[str, NDArray[Any]]) -> Parameters:
     """Return a model's parameters without what travels beside them."""
-    return {name: value for name, value in params.items() if name.startswith("layers.")}
+    return {name: value for name, value in params.items() if name.startswith(("attention.", "layers."))}

@@ -10,7 +10,10 @@ import logging
 from collections import Counter
 from typing import ClassVar
 
+import numpy as np
+
 from fedbio.classifier import moments
+from fedbio.classifier.residues import Residues
 from fedbio.executors.shelf import Shelf
 from fedbio.executors.study_record import study_record
 from fedbio.executors.suppression import suppress
@@ -56,13 +59,16 @@ class SumMoments(Executor):
         self.shelf = shelf
 
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
-        """Return two float64 sums, or abstain."""
+        """Return two float64 sums, and of how many residues if they are over these, or abstain."""
         study = read_meta(model.meta, Study)
         features = self.shelf.data(study, context).train.features
         if abstains(len(features), study, task.name, context):
             return FLModel(meta={WEIGHT: 0})
         found = moments(features)
-        return FLModel(params={"sum": found.total, "squares": found.squares}, meta={WEIGHT: found.count})
+        params = {"sum": found.total, "squares": found.squares}
+        if isinstance(features, Residues):
+            params["count"] = np.array([found.count], np.float64)
+        return FLModel(params=params, meta={WEIGHT: len(features)})
 
 
 class CountProteins(Executor):

@@ -16,7 +16,7 @@ from fedbio.federation.executor import Executor, SiteContext
 from fedbio.federation.model import WEIGHT, FLModel, Parameters, Task
 from fedbio.federation.workflows.study import MEAN, Alone, Evaluation, RunSpec, meta, read_meta, study_folder
 from fedbio.results import FEDERATED
-from fedbio.settings import parse_hidden
+from fedbio.settings import parse_network
 
 
 class Initialize(Executor):
@@ -29,8 +29,9 @@ class Initialize(Executor):
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
         """Return initial parameters."""
         spec = read_meta(model.meta, RunSpec)
-        width = len(model.params[MEAN])
-        return FLModel(params=initialize(width, parse_hidden(spec.hidden), len(spec.study.classes), seed=spec.seed))
+        width, (hidden, attention) = len(model.params[MEAN]), parse_network(spec.hidden)
+        params = initialize(width, hidden, len(spec.study.classes), seed=spec.seed, attention=attention)
+        return FLModel(params=params)
 
 
 class Train(Executor):
@@ -116,11 +117,13 @@ class TrainAlone(Executor):
             context.remark(f"{context.site} has no training proteins and no model of its own.")
             nothing = [[0] * len(data.classes) for _ in data.classes]
             return FLModel(meta=meta(Alone(0, [], Evaluation(nothing, 0.0))))
+        hidden, attention = parse_network(spec.hidden)
         outcome = train_alone(
             data.train,
             data.validation,
-            hidden=parse_hidden(spec.hidden),
+            hidden=hidden,
             classes=len(data.classes),
+            attention=attention,
             rounds=spec.rounds,
             epochs_per_round=spec.epochs,
             patience=spec.patience,

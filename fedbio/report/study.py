@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Accuracy", "ClassScore", "Comparison", "Study", "study"]
 
-import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedbio.report.bootstrap import Estimate, resampled_sums
 from fedbio.report.collect import Run, natural
 from fedbio.results import CENTRAL, FEDERATED
-from fedbio.settings import parse_hidden
+from fedbio.settings import parse_network
 
 K = TypeVar("K")
 Flags = NDArray[np.bool_]
@@ -163,9 +163,9 @@ def _verdicts(run: Run) -> _Verdicts:
 
 
 def _weights(run: Run, model: str) -> int:
-    """Number of weights of an MLP: its size."""
-    widths = (run.encoder.width if run.encoder else 768, *parse_hidden(model), len(run.classes))
-    return sum((inputs + 1) * outputs for inputs, outputs in itertools.pairwise(widths))
+    """Number of weights of a classifier: its size."""
+    shapes = parse_network(model).tensors(run.encoder.width if run.encoder else 768, len(run.classes))
+    return sum(map(math.prod, shapes.values()))
 
 
 def _validated(run: Run, models: Sequence[str]) -> dict[str, float]:

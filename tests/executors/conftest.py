@@ -43,11 +43,15 @@ class Study:
         limits = {"join_deadline_s": 30, "round_deadline_s": 60}
         return JobsFile.model_validate({"jobs": jobs, "federation": limits})
 
-    def embed_all(self) -> None:
+    def embed_all(self, *, pooling: Any = "mean") -> None:
         """Embed without a federation."""
         for site in SITES:
             embed_file(
-                self.folder / f"{site}.fasta", self.folder / site / "embeddings.h5", encoder=self.encoder, threads=1
+                self.folder / f"{site}.fasta",
+                self.folder / site / "embeddings.h5",
+                encoder=self.encoder,
+                pooling=pooling,
+                threads=1,
             )
 
     def run(

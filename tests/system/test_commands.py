@@ -70,6 +70,48 @@ def test_simulate_from_settings_to_the_global_model(tmp_path: Path, small_encode
 
 
 @pytest.mark.slow
+def test_light_attention_is_trained_together_alone_and_in_one_place(tmp_path: Path, small_encoder: Path) -> None:
+    config = write_config(tmp_path, small_encoder, mlps=["la3x8-8"], rounds=2, attention_residues=200)
+    settings = yaml.safe_load(config.read_text())
+    settings["encoder"]["pooling"] = "residues"
+    config.write_text(yaml.safe_dump(settings))
+    results = tmp_path / "run"
+    done = run("simulate", config, "-o", results)
+    assert done.returncode == 0, done.stderr
+    files = [results / f"data/{site}.fasta" for site in SITES]
+    embeddings = [results / site / "embeddings.h5" for site in SITES]
+    central = run("train", *files, "--embeddings", *embeddings, "--settings", config, "-o", results / "central")
+    assert central.returncode == 0, central.stderr
+    for party in ("server", *SITES, "central"):
+        assert json.loads((results / party / "party.json").read_text())["best"] == "la3x8-8"
+    models = [results / folder / "model.safetensors" for folder in ("global", "site-2/global")]
+    assert models[0].read_bytes() == models[1].read_bytes()
+    measured = [(results / party / "metrics.csv").read_text() for party in ("server", "site-1", "central")]
+    for party, rows in zip(("federated", "site-1", "central"), measured, strict=True):
+        for split in ("test,0", "validation,0,0", "train,0,1"):
+            assert f"\n{party},la3x8-8,{split}," in rows
+
+    new, given = ["predict", files[0], "--model", results / "global"], tmp_path / "given.csv"
+    made = run(*new, "--embeddings", embeddings[0], "-o", given)
+    assert made.returncode == 0, made.stderr
+    # without a file of embeddings the proteins are embedded as the model's card says
+    made = run(*new, "--encoder", small_encoder, "-o", tmp_path / "new.csv")
+    assert made.returncode == 0, made.stderr
+    rows = [[line.split(",")[:2] for line in path.read_text().splitlines()] for path in (given, tmp_path / "new.csv")]
+    assert rows[0] == rows[1]
+    reported = run("report", results, "-o", tmp_path / "report.html")
+    assert reported.returncode == 0, reported.stderr
+    assert "la3x8-8" in (tmp_path / "report.html").read_text()
+
+
+def test_settings_whose_embeddings_a_classifier_cannot_read_are_refused(tmp_path: Path, small_encoder: Path) -> None:
+    done = run("simulate", write_config(tmp_path, small_encoder, mlps=["la9-8"]), "-o", tmp_path / "run")
+    assert done.returncode == 2
+    assert "encoder.pooling and training.mlps: light attention (la9-8) reads one embedding per residue" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_simulate_names_the_culprit_and_ends_with_its_exit_code(tmp_path: Path, small_encoder: Path) -> None:
     config = write_config(tmp_path, small_encoder)
     assert run("simulate", config, "-o", tmp_path / "run").returncode == 0

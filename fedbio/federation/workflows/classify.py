@@ -46,7 +46,7 @@ from fedbio.results import (
     write_party,
     write_table,
 )
-from fedbio.settings import ClassifyJob
+from fedbio.settings import ClassifyJob, input_problem
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class Classify(Controller):
             classes=tuple(job.classes),
             validation_fraction=job.training.validation_fraction,
             min_proteins=job.training.min_proteins,
+            attention_residues=job.training.attention_residues,
         )
         self.descriptions: dict[str, Description] = {}
         self.standardizer: Parameters = {}
@@ -117,6 +118,8 @@ class Classify(Controller):
             self.descriptions |= {each.site: read_meta(each.model.meta, Description) for each in results}
             self.state.note(self.job, "descriptions", self.descriptions)
         self.encoder = self.common_encoder()
+        if problem := input_problem(self.training.mlps, self.encoder.pooling):
+            raise FederationError(f"job {self.job}: {problem}")
         record = self.record
         record.classes, record.encoder = list(self.study.classes), self.encoder
         record.federation = {site: self.descriptions[site].counts for site in sorted(self.descriptions)}
@@ -138,7 +141,7 @@ class Classify(Controller):
     def standardize(self) -> None:
         """Compute the mean and scale of every feature over all sites' training proteins, once per job."""
         self.standardizer = self.state.stored(self.job, "standardizer") or federated_standardizer(
-            self, self.study, self.encoder.width, self.registered("train")
+            self, self.study, self.encoder, self.registered("train")
         )
         self.state.store(self.job, "standardizer", self.standardizer)
         if not self.study.place:

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbio.errors import FederationError
+from fedbio.errors import FederationError, ProtocolError
 from fedbio.federation.controller import Controller
 from fedbio.federation.model import FLModel, Parameters
 from fedbio.federation.workflows.study import MEAN, SCALE, Study, meta
+from fedbio.results import EncoderInfo
 
 CONSTANT = 1e-5
 """A feature whose standard deviation is below this share of its size is constant, but for rounding."""
@@ -51,11 +52,29 @@ def federated_sums(
     return round(sum(model.weight for model in given)), sums
 
 
-def federated_standardizer(controller: Controller, study: Study, width: int, counts: Mapping[str, int]) -> Parameters:
-    """Return the mean and the scale of each feature, float32, shape (width,)."""
+def federated_standardizer(
+    controller: Controller, study: Study, encoder: EncoderInfo, counts: Mapping[str, int]
+) -> Parameters:
+    """Return the mean and the scale of each feature, float32, shape (width,).
+
+    They are over proteins, or over residues if the embeddings are of these.
+
+    Raises
+    ------
+    ProtocolError
+        If the sites tell of more or fewer residues than their proteins can have.
+    """
     sites = [site for site in controller.sites() if site in counts]
-    shapes = {"sum": (width,), "squares": (width,)}
-    count, sums = federated_sums(controller, "moments", FLModel(meta=meta(study)), shapes, counts, sites)
+    shapes: dict[str, tuple[int, ...]] = {"sum": (encoder.width,), "squares": (encoder.width,)}
+    if encoder.pooling == "residues":
+        shapes["count"] = (1,)
+    proteins, sums = federated_sums(controller, "moments", FLModel(meta=meta(study)), shapes, counts, sites)
+    count = float(sums["count"][0]) if "count" in sums else proteins
+    if not proteins <= count <= proteins * study.attention_residues:
+        raise ProtocolError(
+            f"{count:,.0f} residues of {proteins:,} proteins with at most {study.attention_residues:,} each; do all "
+            "parties run one release?"
+        )
     mean = sums["sum"] / count
     # float64: the difference of two nearly equal numbers; rounding may make it slightly negative
     mean_square = sums["squares"] / count

@@ -38,9 +38,9 @@ class Projection(Controller):
         described = self.broadcast_and_wait("describe", FLModel(meta=meta(study)), sites)
         descriptions = {each.site: read_meta(each.model.meta, Description) for each in described}
         counts = {site: each.total("train") for site, each in descriptions.items()}
-        width = next(iter(descriptions.values())).encoder.width
-        standardizer = self.state.stored("", "standardizer") or federated_standardizer(self, study, width, counts)
-        components = self.components(study, standardizer, width, counts)
+        encoder = next(iter(descriptions.values())).encoder
+        standardizer = self.state.stored("", "standardizer") or federated_standardizer(self, study, encoder, counts)
+        components = self.components(study, standardizer, encoder.width, counts)
         points = self.project(study, {**standardizer, "components": components}, sorted(counts))
         write_table(self.runtime.workspace / MAP_FILE, MAP_COLUMNS, points)
         self.broadcast_and_wait("show_map", FLModel(meta=meta(Points(points))), sorted(counts))

@@ -25,7 +25,6 @@ __all__ = [
 ]
 
 import hashlib
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -37,7 +36,7 @@ from numpy.typing import NDArray
 from fedbio.compartments import COMPARTMENTS
 from fedbio.errors import ProtocolError
 from fedbio.results import ClassCounts, EncoderInfo, MapPoint, Metric
-from fedbio.settings import parse_hidden
+from fedbio.settings import parse_network
 from fedbio.tensors.check import Manifest
 
 MEAN, SCALE = "standardizer.mean", "standardizer.scale"
@@ -60,7 +59,7 @@ class EmbedSpec(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str | None
     dtype: Literal["auto", "float32", "bfloat16", "int8"]
     long: Literal["cut", "window"]
-    pooling: Literal["mean", "ends", "max", "start"] = "mean"
+    pooling: Literal["mean", "ends", "max", "start", "residues"] = "mean"
     layer: int | None = None
     classes: tuple[str, ...] = COMPARTMENTS
     files: tuple[WeightsFile, ...] = ()
@@ -88,13 +87,15 @@ Place = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9][a-z0-9-]{0,62})?$")]
 class Study(msgspec.Struct, frozen=True, kw_only=True):
     """How every site reads its data.
 
-    `place` is the name under which each party keeps the results, empty for its own folder: see `study_folder`.
+    `place` is the name under which each party keeps the results, empty for its own folder: see `study_folder`. Of
+    embeddings of residues, `attention_residues` of a protein are read at most.
     """
 
     place: Place = ""
     classes: tuple[str, ...] = COMPARTMENTS
     validation_fraction: float = 0.1
     min_proteins: int = 10
+    attention_residues: Annotated[int, msgspec.Meta(ge=2, le=100_000)] = 1_000
 
 
 class Description(msgspec.Struct, frozen=True):
@@ -109,7 +110,7 @@ class Description(msgspec.Struct, frozen=True):
 
 
 class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One classifier to train, from one seed."""
+    """One classifier to train, from one seed; `hidden` is its name."""
 
     study: Study
     hidden: str
@@ -212,12 +213,8 @@ def read_meta(content: Mapping[str, Any], kind: type[S]) -> S:
 
 def model_manifest(width: int, hidden: str, classes: int) -> Manifest:
     """Return names, shapes and dtypes of a classifier's parameters."""
-    widths = (width, *parse_hidden(hidden), classes)
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
-    for number, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        shapes[f"layers.{number}.weight"] = ((outputs, inputs), np.dtype(np.float32))
-        shapes[f"layers.{number}.bias"] = ((outputs,), np.dtype(np.float32))
-    return shapes
+    shapes = parse_network(hidden).tensors(width, classes)
+    return {name: (shape, np.dtype(np.float32)) for name, shape in shapes.items()}
 
 
 def scores(confusion: NDArray[np.int64]) -> dict[str, float]:
