@@ -207,7 +207,11 @@ def test_hidden_layers_are_read_from_their_name() -> None:
     [
         ("mean", ["la9-32"], r"job classify: light attention \(la9-32\) reads one embedding per residue"),
         ("residues", ["32"], "job classify: the MLP 32 reads one embedding per protein"),
-        ("residues", ["la9-32", "32"], "mlps: light attention reads one embedding per residue and MLPs one per protein"),
+        (
+            "residues",
+            ["la9-32", "32"],
+            "mlps: light attention reads one embedding per residue and MLPs one per protein",
+        ),
     ],
 )
 def test_jobs_whose_classifiers_cannot_read_the_embeddings_are_refused(
