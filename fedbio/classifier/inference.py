@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedbio.classifier.architecture import Parameters
 from fedbio.classifier.examples import TrainData
 from fedbio.classifier.metrics import accuracy, confusion_matrix, macro_f1, mcc
-from fedbio.classifier.network import Network, as_tensor, reader
+from fedbio.classifier.network import Network, as_tensor, check_input, reader
 from fedbio.classifier.residues import Features, Residues
 from fedbio.classifier.threads import torch_threads
 
@@ -80,12 +80,12 @@ def predict(parameters: Parameters, features: Features) -> NDArray[np.float32]:
         If the model takes other embeddings.
     """
     network = Network(parameters).eval()
-    read = reader(network, features)
+    check_input(network, features)
     if not len(features):
         return np.empty((0, network.classes), dtype=np.float32)
     blocks: Iterable[tuple[Any, ...]]
     if isinstance(features, Residues):
-        blocks = map(read, _blocks(features.lengths))
+        blocks = map(reader(network, features), _blocks(features.lengths))
     else:
         blocks = zip(torch.split(as_tensor(features), BLOCK_ROWS), strict=True)
     with torch_threads(network.threads), torch.inference_mode():

@@ -5,7 +5,7 @@ B proteins, D inputs, H hidden units, C classes.
 
 from __future__ import annotations
 
-__all__ = ["Network", "as_tensor", "reader"]
+__all__ = ["Network", "as_tensor", "check_input", "reader"]
 
 from collections.abc import Callable
 from typing import Any
@@ -82,40 +82,44 @@ class Network(nn.Module):
         return {name: tensor.detach().numpy().copy() for name, tensor in self.named_parameters()}
 
 
-def reader(network: Network, features: Features) -> Callable[[Tensor], tuple[Any, ...]]:
-    """Return what gives the arguments of a network for some proteins, by their places, shape (B,), int64.
+def check_input(network: Network, features: Features) -> None:
+    """Refuse embeddings that a network does not take.
 
     Raises
     ------
     DataError
-        If the network does not take these embeddings; with what to do.
+        With what to do.
     """
     if network.width != features.shape[1]:
         raise DataError(
             f"embeddings of width {features.shape[1]} for a classifier that takes {network.width}; "
             "embed with the encoder that the federation agreed on"
         )
-    attention = network.attention
-    if isinstance(features, Residues) and attention is not None:
-        residues, gap = features, attention.gap
-
-        def pack(places: Tensor) -> tuple[Any, ...]:
-            lengths = residues.lengths[places.numpy()].tolist()
-            # torch's memory: a product's bits may depend on where in a cache line its factors begin
-            rows = torch.zeros(sum(lengths) + gap * (len(lengths) + 1), network.width)
-            residues.read(places.numpy(), rows.numpy(), gap=gap)
-            return rows, lengths
-
-        return pack
-    if isinstance(features, Residues):
+    if isinstance(features, Residues) and network.attention is None:
         raise DataError(
             "embeddings of residues for an MLP, which takes one per protein; embed again, for example with "
             "`--pooling mean`"
         )
-    if attention is not None:
+    if network.attention is not None and not isinstance(features, Residues):
         raise DataError(
             "one embedding per protein for light attention, which takes one per residue; embed with "
             "`--pooling residues`"
         )
-    tensor = as_tensor(features)
-    return lambda places: (tensor.index_select(0, places),)
+
+
+def reader(network: Network, features: Features) -> Callable[[Tensor], tuple[Any, ...]]:
+    """Return what gives the arguments of a network for some proteins, by their places, shape (B,), int64."""
+    if not isinstance(features, Residues):
+        tensor = as_tensor(features)
+        return lambda places: (tensor.index_select(0, places),)
+    assert network.attention is not None
+    width, gap = network.width, network.attention.gap
+
+    def pack(places: Tensor) -> tuple[Any, ...]:
+        lengths = features.lengths[places.numpy()].tolist()
+        # torch's memory: a product's bits may depend on where in a cache line its factors begin
+        rows = torch.zeros(sum(lengths) + gap * (len(lengths) + 1), width)
+        features.read(places.numpy(), rows.numpy(), gap=gap)
+        return rows, lengths
+
+    return pack

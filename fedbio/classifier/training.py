@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from fedbio.classifier.architecture import Parameters
 from fedbio.classifier.examples import TrainData
-from fedbio.classifier.network import Network, reader
+from fedbio.classifier.network import Network, check_input, reader
 from fedbio.classifier.optimizer import AdamW
 from fedbio.classifier.threads import torch_threads
 from fedbio.errors import DataError
@@ -84,6 +84,7 @@ def train(
     random = np.random.default_rng([seed, round_number])
     generator = torch.Generator().manual_seed(int(random.integers(2**63)))
     network = Network(parameters, dropout=dropout, generator=generator).train()
+    check_input(network, data.features)
     read = reader(network, data.features)
     optimizer = AdamW(network, learning_rate=learning_rate, weight_decay=weight_decay)
     targets = torch.from_numpy(np.array(data.targets, dtype=np.int64))
