@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from fedbio.classifier import Moments, Residues, Standardizer, TrainData, initialize, load_model, load_site_data, train
-from fedbio.errors import FederationError
+from fedbio.errors import FederationError, ProtocolError
+from fedbio.executors import registry
+from fedbio.federation.executor import SiteContext
+from fedbio.federation.model import FLModel, Task
 from fedbio.federation.state import State
+from fedbio.federation.workflows.study import Study, read_meta
 from fedbio.files import sha256_file
 from fedbio.networks import Attention
 from fedbio.settings import COMPARTMENTS
@@ -78,3 +82,26 @@ def test_embeddings_that_the_classifiers_cannot_read_end_the_job(
     study.embed_all(pooling=pooling)
     with pytest.raises(FederationError, match=message):
         study.run(study.jobs(embed=False, mlps=[mlp]))
+
+
+@pytest.mark.parametrize("claimed", [-1e6, 1e12])
+def test_a_site_that_claims_too_few_or_too_many_residues_is_not_believed(study: Any, claimed: float) -> None:
+    study.embed_all(pooling="residues")
+    executors = registry()
+    honest = executors["moments"]
+
+    class Liar(type(honest)):  # type: ignore[misc]
+        def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
+            found: FLModel = honest.execute(task, model, context)
+            found.params["count"] = np.full(1, claimed)
+            return found
+
+    executors["moments"] = Liar(honest.shelf)
+    with pytest.raises(ProtocolError, match=r"residues of \d+ proteins with at most 150 each"):
+        study.run(study.jobs(embed=False, **TRAINING), executors={"site-2": executors})
+
+
+@pytest.mark.parametrize("most", [0, 1, -5, 10**9, "all"])
+def test_a_server_that_names_no_sensible_number_of_residues_is_refused(most: object) -> None:
+    with pytest.raises(ProtocolError, match=r"not a Study: .*attention_residues"):
+        read_meta({"attention_residues": most}, Study)
