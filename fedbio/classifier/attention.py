@@ -2,8 +2,9 @@
 
 Stärk, Dallago, Heinzinger and Rost 2021, "Light attention predicts protein location from the language of life",
 Bioinformatics Advances 1(1), vbab035: two convolutions over the residues, values and scores; for each filter the
-softmax of the scores over the residues weighs the values, and their sum stands beside the largest value. No batch
-normalization follows here: its running means are of one site's proteins and no parameters that could be averaged.
+softmax of the scores over the residues weighs the values, and their sum stands beside the largest value. Unlike there,
+no batch normalization follows, whose running means are of one site's proteins and no parameters that could be averaged,
+and dropout is of these features: of single residues' values it would make the largest ones larger in training only.
 """
 
 from __future__ import annotations
@@ -26,17 +27,10 @@ class LightAttention(nn.Module):
     ----------
     parameters : dict of str to ndarray, float32
         Checked, with ``attention.values.weight`` and so on; copied.
-    dropout : float
-        Share of the values that training switches off.
-    generator : torch.Generator, optional
-        Where dropout draws from.
     """
 
-    def __init__(
-        self, parameters: Parameters, *, dropout: float = 0.0, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, parameters: Parameters) -> None:
         super().__init__()
-        self._kept, self._generator = 1.0 - dropout, generator
         weight, bias, scores = (
             nn.Parameter(torch.from_numpy(np.array(parameters[f"attention.{part}"])))
             for part in ("values.weight", "values.bias", "scores.weight")
@@ -74,8 +68,6 @@ class LightAttention(nn.Module):
         for place, weight in enumerate(weights[1:], start=1):
             out.addmm_(rows[place : place + count], weight)
         values, scores = torch.split(out, filters, dim=1)
-        if self.training and self._kept < 1:
-            values = values * torch.rand(values.shape, generator=self._generator).lt_(self._kept).div_(self._kept)
         # every other piece is a gap
         sizes = [size for length in lengths for size in (length, self.gap)][:-1]
         pooled = [

@@ -35,7 +35,7 @@ class Network(nn.Module):
     parameters : dict of str to ndarray, float32
         Copied.
     dropout : float
-        Share of each hidden layer's units that training switches off.
+        Share of each hidden layer's units, and of light attention's features, that training switches off.
     generator : torch.Generator, optional
         Where dropout draws from; torch's global one stays untouched.
     """
@@ -49,7 +49,7 @@ class Network(nn.Module):
         self.classes = outputs[-1]
         self.attention: LightAttention | None = None
         if convolution := convolution_shape(parameters):
-            self.attention = LightAttention(parameters, dropout=dropout, generator=generator)
+            self.attention = LightAttention(parameters)
             self.width = convolution[1]
         self.layers = nn.ModuleList()
         for layer in range(len(outputs)):
@@ -62,15 +62,18 @@ class Network(nn.Module):
     def forward(self, x: Tensor, lengths: list[int] | None = None) -> Tensor:
         """Return logits, shape (B, C), for embeddings, shape (B, D), or for what `LightAttention` takes."""
         if self.attention is not None:
-            x = self.attention(x, lengths)  # (B, 2 F)
+            x = self._drop(self.attention(x, lengths))  # (B, 2 F)
         *hidden, last = self.layers
         for layer in hidden:
-            x = F.relu(layer(x))  # (B, H)
-            if self.training and self._kept < 1:
-                # twice as fast as bernoulli_, which torch draws in double precision
-                x = x * torch.rand(x.shape, generator=self._generator).lt_(self._kept).div_(self._kept)
+            x = self._drop(F.relu(layer(x)))  # (B, H)
         logits: Tensor = last(x)  # (B, C)
         return logits
+
+    def _drop(self, x: Tensor) -> Tensor:
+        if not self.training or self._kept == 1:
+            return x
+        # twice as fast as bernoulli_, which torch draws in double precision
+        return x * torch.rand(x.shape, generator=self._generator).lt_(self._kept).div_(self._kept)
 
     @property
     def threads(self) -> int:

@@ -165,17 +165,21 @@ def test_same_seed_gives_the_same_bits_and_other_rounds_others(
     assert first.loss == again.loss
 
 
-def test_dropout_switches_values_off_in_training_only(data: SiteData) -> None:
-    random = np.random.default_rng(0)
-    packed = _packed([random.normal(size=(30, 6)).astype(np.float32)], 3)
+def test_dropout_is_of_the_features_in_training_only() -> None:
+    packed = _packed([np.random.default_rng(0).normal(size=(30, 6)).astype(np.float32)] * 200, 3)
     network = Network(_parameters(), dropout=0.5, generator=torch.Generator().manual_seed(0))
     assert network.attention is not None
-    exact = network.eval().attention(*packed)
-    assert torch.equal(exact, network.attention(*packed))
-    dropped = torch.stack([network.train().attention(*packed)[0, :5] for _ in range(1000)])
-    # 1,000 draws: four standard errors of the mean of a weighted sum
-    bound = (4 * dropped.std(dim=0) / 1000**0.5).max().item()
-    np.testing.assert_allclose(dropped.mean(dim=0).detach(), exact[0, :5].detach(), atol=bound)
+    features = network.attention(*packed).detach()
+    seen: list[torch.Tensor] = []
+    network.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    network.eval()(*packed)
+    network.train()(*packed)
+    evaluated, trained = seen
+    torch.testing.assert_close(evaluated, features)
+    kept = trained != 0
+    torch.testing.assert_close(trained[kept], 2 * features[kept])
+    # 2,000 features, each kept in half of the cases: four standard errors
+    assert kept.double().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / 2000**0.5)
 
 
 @pytest.mark.parametrize(
