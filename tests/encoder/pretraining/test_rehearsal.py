@@ -18,7 +18,7 @@ from fedbio.embeddings import Embeddings
 from fedbio.proteins import read
 
 from .conftest import ARCHITECTURE, write_proteins
-from .training_list import check_account, read_again, table_digests
+from .training_list import Banned, check_account, read_again, table_sequences
 
 ROOT = Path(__file__).parents[3]
 
@@ -105,8 +105,8 @@ def test_the_manuals_commands_lead_from_proteins_to_a_measured_encoder(tmp_path:
         assert (account["encoder"], account["finished"]) == ("esm1nv-44m", True)
         assert len(account["stretches"]) == stretches + 1
         assert account["corpus"]["excluded"] == 2
-    test = table_digests(tmp_path / "mixed_soft.csv")["test"]
-    check_account(account["corpus"], read_again(account["corpus"], tmp_path, banned=test))
+    test = table_sequences(tmp_path / "mixed_soft.csv")["test"]
+    check_account(account["corpus"], read_again(account["corpus"], tmp_path, banned=Banned(test)))
 
     assert not (tmp_path / "trained-44m" / "corpus").exists()
     assert (tmp_path / "trained-44m" / "README.md").is_file()
