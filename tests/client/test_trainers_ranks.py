@@ -39,10 +39,10 @@ if __name__ == "__main__":
     flare.patch(trainer)
     while flare.is_running():
         received = flare.receive()
-        print("rank", dist.get_rank(), "has", float(received.params["line.weight"]), flush=True)
+        print(f"rank {dist.get_rank()} has {float(received.params['line.weight'])}", flush=True)
         trainer.validate(model, data, verbose=False)
         trainer.fit(model, data)
-        print("rank", dist.get_rank(), "made", float(model.line.weight), flush=True)
+        print(f"rank {dist.get_rank()} made {float(model.line.weight)}", flush=True)
 """
 
 HUGGING_FACE = """
@@ -73,10 +73,10 @@ if __name__ == "__main__":
     flare.patch(trainer)
     while flare.is_running():
         received = flare.receive()
-        print("rank", dist.get_rank(), "has", float(received.params["line.weight"]), flush=True)
+        print(f"rank {dist.get_rank()} has {float(received.params['line.weight'])}", flush=True)
         trainer.evaluate()
         trainer.train()
-        print("rank", dist.get_rank(), "made", float(model.line.weight), flush=True)
+        print(f"rank {dist.get_rank()} made {float(model.line.weight)}", flush=True)
 """
 
 
@@ -115,7 +115,7 @@ if __name__ == "__main__":
     while flare.is_running():
         model = flare.receive()
         flare.send(flare.FLModel(params=model.params))
-    print("rank", dist.get_rank(), "is done", flush=True)
+    print(f"rank {dist.get_rank()} is done", flush=True)  # in one piece: both ranks write to one log
 """
 
 
