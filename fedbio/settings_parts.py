@@ -83,7 +83,8 @@ SCHEMES: tuple[Scheme, ...] = typing.get_args(Scheme)
 class Section(pydantic.BaseModel):
     """Keys that belong together: unknown ones are errors, and the text below each says what it means."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # a process checks few of these models: those are built when they are
+    model_config = pydantic.ConfigDict(defer_build=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Transport(Section):
