@@ -27,6 +27,8 @@ DEALT_FILE = "dealt.json"
 
 DEMO_PROTEINS = 100
 """Synthetic proteins of a site that was given none."""
+DEMO_TEST = 300
+"""The most of them that are for testing, and so at every site."""
 
 DATA_FILES = (".fasta", ".csv", ".tsv")
 """Endings of sites' files of proteins, the first that is there is taken."""
@@ -159,8 +161,9 @@ def _deal_out_demo(names: list[str], output: Path, data: Path) -> None:
     """Deal synthetic proteins out to sites that were given none: a script may have data of its own."""
     if all((data / f"{name}.fasta").is_file() for name in names):
         return
-    proteins = output / "proteins.fasta"
-    _data("demo", output=proteins, count=DEMO_PROTEINS * len(names))
+    proteins, count = output / "proteins.fasta", DEMO_PROTEINS * len(names)
+    # every site is given all test proteins: a fixed share would make the work grow with the square of the sites
+    _data("demo", output=proteins, count=count, **{"test-fraction": min(DEMO_TEST / count, 0.2)})
     _data("split", proteins, output=data, names=",".join(names), by="iid")
 
 
