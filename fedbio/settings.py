@@ -73,6 +73,8 @@ from fedbio.settings_jobs import (
 )
 from fedbio.settings_parts import (
     DRIVER,
+    PLAIN_FILE,
+    PLAIN_FILE_WORDS,
     SCHEMES,
     Address,
     DriverName,
@@ -240,12 +242,7 @@ class RunSettings(Section):
 WorkflowName = Literal[
     "embed", "classify", "projection", "fedavg", "cyclic", "evaluation", "swarm", "split", "statistics", "custom"
 ]
-CodeName = Annotated[
-    str,
-    text_form(
-        r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", "letters, digits, dots, _ and -, a letter or digit first, at most 128"
-    ),
-]
+CodeName = Annotated[str, text_form(PLAIN_FILE, PLAIN_FILE_WORDS)]
 
 
 class SiteSettings(Section):
@@ -258,7 +255,7 @@ class SiteSettings(Section):
     """Your FASTA, CSV or TSV file; it never leaves this machine."""
     labels: str | None = None
     """A CSV or TSV file with the labels of a FASTA file, joined by id."""
-    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")] = "site"
+    run: RunName = "site"
     """Name of the folder under results/ for everything this site keeps."""
     embeddings: str | None = None
     """An embeddings file of the same encoder to take vectors from instead of computing them again."""
@@ -301,7 +298,7 @@ class ServerSettings(Section):
     """The server's start-up kit: a folder."""
     jobs: str = "config/jobs/classify.yaml"
     """What to run."""
-    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")] = "server"
+    run: RunName = "server"
     """Name of the folder under results/ for everything the server keeps."""
 
 
@@ -315,7 +312,7 @@ class EmbeddingsSettings(Section):
     """A CSV or TSV file with the labels of a FASTA file, joined by id."""
     classes: Annotated[list[str], Field(min_length=2), AfterValidator(no_twins)] = list(COMPARTMENTS)
     """The locations that labels may name; others are errors."""
-    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")] = "embeddings"
+    run: RunName = "embeddings"
     """Name of the folder under results/ for the embeddings file and, while they are needed, its shards."""
     shards: Annotated[int, Field(ge=1, le=10_000)] = 4
     """Number of jobs; each embeds about as many residues as the others."""

@@ -162,15 +162,14 @@ def _describe(problem: Any, model: type[pydantic.BaseModel]) -> str:
         near = difflib.get_close_matches(str(context["tag"]), re.findall(r"'([^']*)'", allowed), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{key}: expected {tag} to be one of {allowed}, found {context['tag']!r}{hint}"
-    if kind == "string_pattern_mismatch" and (words := TEXT_FORMS.get(context["pattern"])):
-        return f"{key}: expected {words}, found {_shown(found)}"
+    if kind == "string_pattern_mismatch":
+        return f"{key}: expected {TEXT_FORMS[context['pattern']]}, found {_shown(found)}"
     expected = {
         "greater_than_equal": "a number >= {ge}",
         "greater_than": "a number > {gt}",
         "less_than_equal": "a number <= {le}",
         "less_than": "a number < {lt}",
         "literal_error": "{expected}",
-        "string_pattern_mismatch": "text of the form {pattern}",
         "too_short": "at least {min_length} entries",
         "bool_type": "true or false",
         "bool_parsing": "true or false",

@@ -35,6 +35,8 @@ from fedbio.compartments import COMPARTMENTS
 from fedbio.encoder_names import DEFAULT_ENCODER
 from fedbio.networks import input_problem
 from fedbio.settings_parts import (
+    PLAIN_FILE,
+    PLAIN_FILE_WORDS,
     NetworkName,
     PartyName,
     Quantization,
@@ -42,6 +44,7 @@ from fedbio.settings_parts import (
     Seconds,
     Section,
     no_twins,
+    text_form,
 )
 
 
@@ -49,7 +52,7 @@ class EncoderSettings(Section):
     name: str = DEFAULT_ENCODER
     """Trained weights: the path of a folder or file, or a name (`fedbio encoder list`) of an encoder that comes with
     fedbio or of one in the cache; or a built-in architecture without trained weights."""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    sha256: Annotated[str, text_form(r"^[0-9a-f]{64}$", "64 digits from 0 to 9 and a to f")] | None = None
     """SHA-256 that the weights must have; null takes them as they are and records it."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the random weights of a built-in architecture."""
@@ -160,7 +163,16 @@ def _plain(name: str) -> str:
     return name
 
 
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"), AfterValidator(_plain)]
+FileName = Annotated[str, text_form(PLAIN_FILE, PLAIN_FILE_WORDS), AfterValidator(_plain)]
+
+
+Initial = Annotated[
+    str,
+    text_form(
+        r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.py:[A-Za-z_][A-Za-z0-9_]*$",
+        "FILE.py:FUNCTION, with a file beside the job file",
+    ),
+]
 
 
 class ClientSettings(Section):
@@ -176,9 +188,7 @@ class ClientSettings(Section):
     """Run the script as a process of its own, within the site's process, or as several ranks of torchrun."""
     processes: Annotated[int, Field(ge=1, le=1_024)] = 1
     """Ranks of torchrun."""
-    initial: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.py:[A-Za-z_][A-Za-z0-9_]*$")] | None = (
-        None
-    )
+    initial: Initial | None = None
     """FILE.py:FUNCTION that returns the initial model at one site: a module, a state dict, or named arrays."""
     idle_s: Seconds = 3600.0
     """Seconds that the script may take for one task."""
@@ -366,7 +376,12 @@ class CustomJob(Section):
 
     name: PartyName = "custom"
     workflow: Literal["custom"]
-    controller: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.py:[A-Za-z_]\w*$")]
+    controller: Annotated[
+        str,
+        text_form(
+            r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.py:[A-Za-z_]\w*$", "FILE.py:CLASS, with a file beside the job file"
+        ),
+    ]
     """FILE.py:CLASS, a `fedbio.federation.Controller`."""
     client: ClientSettings | None = None
     """The script that runs at the sites, if there is one."""

@@ -8,6 +8,8 @@ __all__ = [
     "TEXT_FORMS",
     "Address",
     "DriverName",
+    "PLAIN_FILE",
+    "PLAIN_FILE_WORDS",
     "FederationLimits",
     "NetworkName",
     "PartyName",
@@ -57,6 +59,10 @@ def text_form(pattern: str, words: str) -> Any:
     TEXT_FORMS[pattern] = words
     return Field(pattern=pattern)
 
+
+PLAIN_FILE = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+PLAIN_FILE_WORDS = "letters, digits, dots, _ and -, a letter or digit first, at most 128"
+"""A name that is never a path."""
 
 PartyName = Annotated[
     str,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +13,7 @@ import yaml
 from fedbio import settings
 from fedbio.encoder_names import DEFAULT_ENCODER
 from fedbio.errors import SettingsError
+from fedbio.settings_parts import TEXT_FORMS
 
 ROOT = Path(__file__).parent.parent
 
@@ -224,3 +227,15 @@ def test_jobs_whose_classifiers_cannot_read_the_embeddings_are_refused(
     (tmp_path / "jobs.json").write_text(json.dumps({"jobs": jobs}))
     with pytest.raises(SettingsError, match=message):
         settings.load(tmp_path / "jobs.json", settings.JobsFile)
+
+
+@pytest.mark.parametrize("kind", settings.FILES)
+def test_every_form_of_text_is_told_in_words(kind: str) -> None:
+    def patterns(part: Any) -> Iterator[str]:
+        for value in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+            yield from patterns(value)
+        if isinstance(part, dict) and isinstance(part.get("pattern"), str):
+            yield part["pattern"]
+
+    found = set(patterns(settings.FILES[kind].model_json_schema()))
+    assert found <= TEXT_FORMS.keys()

@@ -79,6 +79,14 @@ class TrainingList:
     digest: Any = field(default_factory=hashlib.sha256)
     found: int = 0
 
+    def leaves_out(self, sequence: bytes, digest: bytes, banned: Banned) -> bool:
+        """Whether a sequence must not be trained on, which is counted."""
+        whole = digest in banned.digests
+        part = not whole and banned.overlap(sequence)
+        self.excluded += whole
+        self.excluded_parts += part
+        return whole or part
+
 
 def read_again(
     corpus: Mapping[str, Any], folder: Path, *, banned: Banned, looked_for: Set[bytes] = frozenset()
@@ -101,20 +109,14 @@ def read_again(
     for source in corpus["valid_sources"]:
         for sequence in _sequences(folder, source):
             digest = hashlib.sha256(sequence).digest()
-            if digest in banned.digests:
-                again.excluded += 1
-            elif banned.overlap(sequence):
-                again.excluded_parts += 1
-            else:
+            if not again.leaves_out(sequence, digest, banned):
                 held_out.add(digest)
     for source in corpus["sources"]:
         for sequence in _sequences(folder, source):
             digest = hashlib.sha256(sequence).digest()
-            if digest in banned.digests:
-                again.excluded += 1
-            elif banned.overlap(sequence):
-                again.excluded_parts += 1
-            elif digest in held_out:
+            if again.leaves_out(sequence, digest, banned):
+                continue
+            if digest in held_out:
                 again.twins += 1
             elif not _falls_out(sequence, corpus["seed"], corpus["valid_fraction"]):
                 again.proteins += 1
