@@ -23,6 +23,7 @@ from fedbio.encoder.alphabet import ALPHABETS
 from fedbio.encoder.network import Encoder
 from fedbio.encoder.pretraining.batches import Batch
 from fedbio.encoder.pretraining.forward import hidden_states, masked_logits
+from fedbio.encoder.pretraining.optimizers import Optimizers
 from fedbio.encoder.pretraining.recipe import Recipe, learning_rate
 from fedbio.encoder.untrained import untrained_weights
 from fedbio.errors import FormatError, MachineError
@@ -59,7 +60,7 @@ class Update:
 class Learner:
     """An encoder in training.
 
-    Master weights, gradient and AdamW's moments are one float32 vector each, so an update is a few operations
+    Master weights, gradient and the optimizer's moments are one float32 vector each, so an update is a few operations
     whatever the number of layers; the linear maps' weights that the network multiplies with are a copy in `dtype`.
 
     Parameters
@@ -85,13 +86,13 @@ class Learner:
         self._shapes = [shapes[name] for name in self._names]
         self._values = torch.cat([torch.from_numpy(weights[name]).reshape(-1) for name in self._names]).to(device)
         self._gradient = torch.zeros_like(self._values)
-        self._mean, self._square = torch.zeros_like(self._values), torch.zeros_like(self._values)
         self._average = self._values.clone() if recipe.average != "none" else None
         self._averaged = 0
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
         self._place_parameters(sum(self._sizes[:copied]))
-        self._optimizer = self._make_optimizer(sum(self._sizes[:decaying]))
+        matrices = _matrices(self._names[:decaying], self._shapes)
+        self._optimizers = Optimizers(recipe, self._values, self._gradient, matrices)
 
     def _place_parameters(self, copied: int) -> None:
         """Make the network's parameters views of the master vector, or of its copy in the dtype of the arithmetic."""
@@ -107,23 +108,6 @@ class Learner:
         parameters = dict(self.network.named_parameters())
         for name, gradient in zip(self._names, self._cut(self._gradient), strict=True):
             parameters[name].register_post_accumulate_grad_hook(_adder(gradient))  # type: ignore[no-untyped-call]
-
-    def _make_optimizer(self, decaying: int) -> torch.optim.Optimizer:
-        recipe = self.recipe
-        groups = []
-        for part, decay in ((slice(0, decaying), recipe.weight_decay), (slice(decaying, None), 0.0)):
-            parameter = nn.Parameter(self._values[part])
-            parameter.grad = self._gradient[part]
-            groups.append({"params": [parameter], "weight_decay": decay})
-        betas = (recipe.beta1, recipe.beta2)
-        optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, eps=recipe.epsilon, fused=True)
-        for group, part in zip(optimizer.param_groups, (slice(0, decaying), slice(decaying, None)), strict=True):
-            optimizer.state[group["params"][0]] = {
-                "step": torch.zeros((), dtype=torch.float32, device=self.device),
-                "exp_avg": self._mean[part],
-                "exp_avg_sq": self._square[part],
-            }
-        return optimizer
 
     def add(self, batch: Batch) -> None:
         """Add the gradient of a batch's loss, summed over its masked residues, to what will be the next update."""
@@ -171,9 +155,7 @@ class Learner:
             )
         self._gradient.mul_(min(1.0, self.recipe.clip / max(norm, 1e-12)) / max(masked, 1.0))
         rate = learning_rate(self.recipe, self.step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
+        self._optimizers.step(rate)
         self.step += 1
         self._refresh()
         self._gradient.zero_()
@@ -221,7 +203,7 @@ class Learner:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return all that the next update depends on, besides batches: vectors (not copied), and numbers as text."""
-        vectors = {"values": self._values, "mean": self._mean, "square": self._square}
+        vectors = {"values": self._values, **self._optimizers.vectors}
         if self._average is not None:
             vectors["average"] = self._average
         return vectors, {"layout": self._layout(), "step": str(self.step), "averaged": str(self._averaged)}
@@ -242,8 +224,7 @@ class Learner:
                 raise FormatError(f"the checkpoint's vector {name!r} has another shape; choose another output folder")
             vector.copy_(vectors[name])
         self.step, self._averaged = int(numbers["step"]), int(numbers["averaged"])
-        for state in self._optimizer.state.values():
-            state["step"].fill_(self.step)
+        self._optimizers.go_on_after(self.step)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -272,6 +253,14 @@ def _in_order(network: Encoder) -> tuple[list[str], int, int]:
     biases = [name for name, part in linear.items() if part == "bias"]
     rest = [name for name, _ in network.named_parameters() if name not in linear]
     return [*matrices, *biases, *rest], len(linear), len(matrices)
+
+
+def _matrices(names: list[str], shapes: list[torch.Size]) -> list[tuple[int, int]]:
+    """Shapes of the matrices; queries, keys and values are three, though they lie in one."""
+    found: list[tuple[int, int]] = []
+    for name, (rows, columns) in zip(names, shapes, strict=False):
+        found += [(rows // 3, columns)] * 3 if name.endswith(".qkv.weight") else [(rows, columns)]
+    return found
 
 
 def _adder(total: Tensor) -> Callable[[Tensor], None]:

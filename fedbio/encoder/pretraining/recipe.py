@@ -37,8 +37,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     decay_share : float
         Last part of the schedule, over which the rate falls along the cosine; before it the rate stays at its highest,
         and `steps` may still be changed [1]_. 1: it falls from the end of the warm-up on.
+    optimizer : str
+        ``"adamw"``, or ``"muon"``: that for the matrices of the linear maps, AdamW for the rest.
     weight_decay, beta1, beta2, epsilon : float
-        Of AdamW (Loshchilov and Hutter 2019); norms, biases and tables do not decay.
+        Of AdamW, the first of Muon too; norms, biases and tables do not decay.
     clip : float
         The longest gradient, by its Euclidean norm.
     mask_share : float
@@ -64,6 +66,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     final_share: _Share = 0.1
     warmup_steps: Annotated[int, msgspec.Meta(ge=0)] = 500
     decay_share: _Share = 1.0
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.01
     beta1: _Share = 0.9
     beta2: _Share = 0.98
@@ -101,7 +104,16 @@ PRESETS = {
     # GELU by the error function costs a CPU a third of the tanh form
     "esm1nv-mini": Preset(
         EncoderConfig(name="esm1nv-mini", layers=6, heads=4, width=256, ffn=1024, activation="gelu"),
-        Recipe(steps=10_000, pack_tokens=8_192, packs=1, learning_rate=2e-3, warmup_steps=300, decay_share=0.2),
+        Recipe(
+            steps=10_000,
+            pack_tokens=8_192,
+            packs=1,
+            optimizer="muon",
+            weight_decay=0.1,
+            learning_rate=2e-3,
+            warmup_steps=300,
+            decay_share=0.2,
+        ),
     ),
 }
 """What ``--preset`` names."""

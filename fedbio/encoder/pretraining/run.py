@@ -225,7 +225,7 @@ class _Run:
         }
 
     def _restore(self, state: State) -> None:
-        before = {"decay_share": 1.0, **state.recipe}  # an older release knew no other
+        before = {"decay_share": 1.0, "optimizer": "adamw", **state.recipe}  # an older release knew no other
         if self._only_length_differs(before, state.progress.step):
             before["steps"] = self.recipe.steps
         if changes := changed_keys(before, self.bound):

@@ -45,10 +45,11 @@ def test_an_untrained_model_knows_nothing_of_the_vocabulary() -> None:
     assert loss / masked == pytest.approx(math.log(128), abs=0.05)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_few_proteins_are_learnt_by_heart(dtype: str) -> None:
-    recipe = Recipe(steps=250, warmup_steps=10, learning_rate=1e-2, weight_decay=0.0, average="none", dtype=dtype)  # type: ignore[arg-type]
-    learner = learner_of(recipe)
+def test_a_few_proteins_are_learnt_by_heart(dtype: str, optimizer: str) -> None:
+    recipe = Recipe(steps=250, warmup_steps=10, learning_rate=1e-2, weight_decay=0.0, average="none")
+    learner = learner_of(msgspec.structs.replace(recipe, dtype=dtype, optimizer=optimizer))
     batch = batch_of([30, 30, 40])
     losses = []
     for _ in range(recipe.steps):
@@ -87,8 +88,44 @@ def test_a_gradient_is_clipped_and_its_length_told() -> None:
     assert float(torch.linalg.vector_norm(vectors["mean"])) == pytest.approx(0.1 * 0.01, rel=1e-4)
 
 
-def test_only_the_matrices_of_linear_maps_decay() -> None:
-    learner = learner_of(msgspec.structs.replace(RECIPE, weight_decay=0.5, learning_rate=0.1, warmup_steps=0))
+def test_muon_moves_each_matrix_by_a_nearly_orthogonal_one() -> None:
+    """The first step against the paper's: the singular values of the gradient go through its polynomial five times."""
+    recipe = msgspec.structs.replace(RECIPE, weight_decay=0.0, warmup_steps=0)
+    adamw, muon = learner_of(recipe), learner_of(msgspec.structs.replace(recipe, optimizer="muon"))
+    before = muon.weights()
+    for learner in (adamw, muon):
+        learner.add(batch_of([40] * 10))
+        learner.update()
+    after = muon.weights()
+    # AdamW's first moment after one update is the gradient but for a factor, and matrices come first
+    gradient, done = adamw.state()[0]["mean"].double().numpy(), 0
+    matrices = [name for name, module in adamw.network.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in (f"{module}.weight" for module in matrices):
+        shape = before[name].shape
+        whole = gradient[done : done + before[name].size].reshape(shape)
+        done += whole.size
+        pieces = 3 if name.endswith("qkv.weight") else 1  # queries, keys and values are three matrices
+        for found, part in zip(np.split(after[name] - before[name], pieces), np.split(whole, pieces), strict=True):
+            left, values, right = np.linalg.svd(part, full_matrices=False)
+            values /= np.linalg.norm(values)
+            for _ in range(5):
+                values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+            expected = -recipe.learning_rate * 0.2 * math.sqrt(max(part.shape)) * (left * values @ right)
+            assert np.linalg.norm(found - expected) < 0.4 * np.linalg.norm(expected), (
+                name
+            )  # the iterations are in bfloat16
+
+
+def test_muon_asks_for_a_pytorch_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(MachineError, match=r"install 2\.9 or later, or train with --optimizer adamw"):
+        learner_of(msgspec.structs.replace(RECIPE, optimizer="muon"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_the_matrices_of_linear_maps_decay(optimizer: str) -> None:
+    recipe = msgspec.structs.replace(RECIPE, weight_decay=0.5, learning_rate=0.1, warmup_steps=0, optimizer=optimizer)
+    learner = learner_of(recipe)
     before = learner.weights()
     learner.update()  # a gradient of zero: only decay is left
     after = learner.weights()
@@ -133,10 +170,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert weights_digest(learner.weights()) == before
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("average", ["none", "ema", "tail"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_state_goes_on_bit_for_bit(average: str, dtype: str) -> None:
-    recipe = msgspec.structs.replace(RECIPE, average=average, average_share=0.5, dtype=dtype)
+def test_a_state_goes_on_bit_for_bit(average: str, dtype: str, optimizer: str) -> None:
+    recipe = msgspec.structs.replace(RECIPE, average=average, average_share=0.5, dtype=dtype, optimizer=optimizer)
     batches = [batch_of([30, 30], seed=seed) for seed in range(20)]
 
     def learn(learner: Learner, part: list[Batch]) -> None:
