@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedbio.cli.simulate import DEMO_PROTEINS, DEMO_TEST, _deal_out_demo
+import pytest
+
+from fedbio.cli.simulate import _deal_out_demo
 from fedbio.proteins import read
 
 
-def test_work_of_a_site_does_not_grow_with_the_number_of_sites(tmp_path: Path) -> None:
-    names = [f"site-{number}" for number in range(1, 61)]
+# whole families are taken, so numbers are about these
+@pytest.mark.parametrize(("sites", "all_of_one", "tests"), [(60, 100, 300), (400, 75, 75)])
+def test_work_of_all_sites_grows_with_their_number_and_not_beyond(
+    sites: int, all_of_one: int, tests: int, tmp_path: Path
+) -> None:
+    names = [f"site-{number}" for number in range(1, sites + 1)]
     _deal_out_demo(names, tmp_path, tmp_path / "data")
-    sites = [list(read(tmp_path / "data" / f"{name}.fasta")) for name in names]
-    tests = [{each.id for each in site if each.set == "test"} for site in sites]
-    assert all(each == tests[0] for each in tests)
-    # whole families are taken, so the number is about that
-    assert 0.9 * DEMO_TEST < len(tests[0]) < 1.1 * DEMO_TEST
-    assert all(0.8 * DEMO_PROTEINS < len(site) - len(tests[0]) < 1.2 * DEMO_PROTEINS for site in sites)
+    found = [list(read(tmp_path / "data" / f"{name}.fasta")) for name in names]
+    drawn = [{each.id for each in site if each.set == "test"} for site in found]
+    assert all(each == drawn[0] for each in drawn)
+    assert 0.8 * tests < len(drawn[0]) < 1.2 * tests
+    assert all(0.75 * all_of_one < len(site) - len(drawn[0]) < 1.25 * all_of_one for site in found)

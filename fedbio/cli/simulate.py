@@ -25,10 +25,12 @@ fedbio simulate config/config.yaml -o results/demo --set training.rounds=10
 DEALT_FILE = "dealt.json"
 """Beside the sites' files: the settings by which they were made."""
 
-DEMO_PROTEINS = 100
-"""Synthetic proteins of a site that was given none."""
-DEMO_TEST = 300
-"""The most of them that are for testing, and so at every site."""
+DEMO_PROTEINS, DEMO_LEAST = 100, 20
+"""Synthetic proteins of a site that was given none, and of one among very many."""
+DEMO_TEST, DEMO_TEST_LEAST = 300, 60
+"""The same of those that are for testing, and so at every site."""
+DEMO_ALL = 30_000
+"""So many at all sites together, of either kind, make them fewer at each."""
 
 DATA_FILES = (".fasta", ".csv", ".tsv")
 """Endings of sites' files of proteins, the first that is there is taken."""
@@ -161,10 +163,15 @@ def _deal_out_demo(names: list[str], output: Path, data: Path) -> None:
     """Deal synthetic proteins out to sites that were given none: a script may have data of its own."""
     if all((data / f"{name}.fasta").is_file() for name in names):
         return
-    proteins, count = output / "proteins.fasta", DEMO_PROTEINS * len(names)
-    # every site is given all test proteins: a fixed share would make the work grow with the square of the sites
-    _data("demo", output=proteins, count=count, **{"test-fraction": min(DEMO_TEST / count, 0.2)})
+    proteins, count, test = output / "proteins.fasta", *_demo_size(len(names))
+    _data("demo", output=proteins, count=count, **{"test-fraction": test / count})
     _data("split", proteins, output=data, names=",".join(names), by="iid")
+
+
+def _demo_size(sites: int) -> tuple[int, int]:
+    """Return how many synthetic proteins there are, and how many of them for testing: a thousand sites take minutes."""
+    count = min(DEMO_PROTEINS, max(DEMO_LEAST, DEMO_ALL // sites)) * sites
+    return count, min(count // 5, DEMO_TEST, max(DEMO_TEST_LEAST, DEMO_ALL // sites))
 
 
 def _data(verb: str, *inputs: object, **options: object) -> dict[str, Any]:
