@@ -54,6 +54,8 @@ def test_corrected_labels_are_refused_and_taken_back_give_the_report(tmp_path: P
     assert code != 0
     assert "results/lab holds the results of other proteins (site-" in output
     assert "with Snakemake: --config run=NAME" in output
+    assert {path: path.read_bytes() for path in run.glob("s*/party.json")} == parties
+    assert (run / "global/model.safetensors").read_bytes() == model
 
     proteins.write_text(before)
     code, output = snakemake(tmp_path)

@@ -3,7 +3,8 @@ rule serve:
         kit=f"{settings.kit}/kit.yaml",
         jobs=settings.jobs,
     output:
-        party=f"{run}/party.json",
+        # a run that is refused leaves what an earlier one has made
+        party=update(f"{run}/party.json"),
     log:
         f"{logs}/serve.log",
     conda:

@@ -6,9 +6,13 @@ rule federate:
         fasta=sites_fasta,
         embeddings=settings.embeddings or [],
     output:
-        parties=[f"{folder}/party.json" for folder in (f"{run}/server", *site_folders)],
-        model=f"{run}/global/model.safetensors",
-        card=f"{run}/global/model.json",
+        # a run that is refused leaves what an earlier one has made
+        parties=[
+            update(f"{folder}/party.json")
+            for folder in (f"{run}/server", *site_folders)
+        ],
+        model=update(f"{run}/global/model.safetensors"),
+        card=update(f"{run}/global/model.json"),
     log:
         f"{logs}/federate.log",
     conda:

@@ -4,9 +4,10 @@ rule join:
         labels=settings.labels or [],
         kit=f"{settings.kit}/kit.yaml",
     output:
-        party=f"{run}/party.json",
-        model=f"{run}/global/model.safetensors",
-        card=f"{run}/global/model.json",
+        # a run that is refused leaves what an earlier one has made
+        party=update(f"{run}/party.json"),
+        model=update(f"{run}/global/model.safetensors"),
+        card=update(f"{run}/global/model.json"),
     log:
         f"{logs}/join.log",
     conda:
