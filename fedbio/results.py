@@ -37,6 +37,7 @@ import copy
 import csv
 import datetime
 import os
+import re
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -104,6 +105,11 @@ class EncoderInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     long: Literal["cut", "window"]
     bins: str = ""
     perplexity: float | None = None
+
+    @property
+    def whole_width(self) -> int:
+        """How many columns, from the first on, describe the whole protein; with ``"ends"`` the others are of bins."""
+        return self.width // (1 + len(re.findall(r"\d+", self.bins)))
 
     def differing(self, other: EncoderInfo) -> list[str]:
         """Name the fields in which two differ, in order, and of several that differ for one reason only that one.

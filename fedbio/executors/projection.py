@@ -19,7 +19,7 @@ from fedbio.results import MAP_COLUMNS, MAP_FILE, MapPoint, write_table
 
 
 class Scatter(Executor):
-    """Sums the outer products of standardized training features."""
+    """Sums the outer products of standardized training features, of the columns that describe the whole protein."""
 
     name: ClassVar[str] = "scatter"
     kind: ClassVar[str] = "map"
@@ -31,7 +31,8 @@ class Scatter(Executor):
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
         """Return one float64 matrix, shape (D, D), or abstain."""
         study = read_meta(model.meta, Study)
-        features = pooled(self.shelf.standardized(study, model.params, context).train.features)
+        whole = self.shelf.data(study, context).encoder.whole_width
+        features = pooled(self.shelf.standardized(study, model.params, context).train.features)[:, :whole]
         if abstains(len(features), study, task.name, context):
             return FLModel(meta={WEIGHT: 0})
         wide = features.astype(np.float64)
@@ -58,7 +59,8 @@ class Project(Executor):
         splits = [split for split, part in parts.items() for _ in range(len(part))]
         # a sample in random order: a place in the list says nothing of a place in the file
         chosen = np.random.default_rng().permutation(len(features))[: sample.points]
-        places = features[chosen] @ model.params["components"]
+        components = model.params["components"]
+        places = features[chosen, : len(components)] @ components
         return FLModel(
             meta=meta(
                 Points(

@@ -11,6 +11,7 @@ import pytest
 
 from fedbio.classifier import Standardizer, load_model, load_site_data, moments
 from fedbio.classifier.metrics import accuracy, macro_f1, mcc
+from fedbio.embeddings import Embeddings
 from fedbio.errors import DataError, FederationError
 from fedbio.federation.state import State
 from fedbio.federation.workflows.study import scores
@@ -73,6 +74,30 @@ def test_embed_classify_and_map_end_to_end(study: Any) -> None:
     assert [each["site"] for each in points] == ["site-1"] * 10 + ["site-2"] * 10
     assert list(points[0]) == ["site", "target", "split", "x", "y"]
     assert not (folder / "site-3/map.csv").exists()
+
+
+def test_the_map_of_pooled_ends_shows_the_whole_proteins(study: Any) -> None:
+    study.embed_all(pooling="ends")
+    allow = dict.fromkeys(SITES, ("embed", "statistics", "train", "evaluate", "publish", "map"))
+    study.run(study.jobs(points=10_000, embed=False, mlps=["4"], rounds=1), allow=allow)
+    features, training = [], []
+    for site, proteins in study.proteins.items():
+        with Embeddings.open(study.folder / site / "embeddings.h5") as store:
+            assert store.info.width == 5 * store.info.whole_width
+            features.append(store.rows([each.id for each in proteins])[:, : store.info.whole_width].astype(np.float64))
+        training += [each.set == "train" and not each.validation for each in proteins]
+    whole = np.concatenate(features)
+    train = whole[np.array(training)]
+    standard = (whole - train.mean(0)) / train.std(0)
+    known = standard[np.array(training)]
+    components = np.linalg.eigh(known.T @ known)[1][:, ::-1][:, :2]
+    components *= np.sign(components[np.abs(components).argmax(0), [0, 1]])
+    expected = standard @ components
+    # every test protein is at all sites, and its point as well
+    shown = np.array([[float(each["x"]), float(each["y"])] for each in rows(study.folder / "site-1/map.csv")])
+    assert shown.shape == expected.shape
+    apart = np.linalg.norm(shown[:, None] - expected[None], axis=2)
+    assert max(apart.min(0).max(), apart.min(1).max()) < 0.01
 
 
 def test_two_studies_at_once_have_results_and_reports_of_their_own(study: Any) -> None:

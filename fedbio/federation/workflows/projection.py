@@ -40,7 +40,7 @@ class Projection(Controller):
         counts = {site: each.total("train") for site, each in descriptions.items()}
         encoder = next(iter(descriptions.values())).encoder
         standardizer = self.state.stored("", "standardizer") or federated_standardizer(self, study, encoder, counts)
-        components = self.components(study, standardizer, encoder.width, counts)
+        components = self.components(study, standardizer, encoder.whole_width, counts)
         points = self.project(study, {**standardizer, "components": components}, sorted(counts))
         write_table(self.runtime.workspace / MAP_FILE, MAP_COLUMNS, points)
         self.broadcast_and_wait("show_map", FLModel(meta=meta(Points(points))), sorted(counts))
