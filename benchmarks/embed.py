@@ -63,7 +63,9 @@ class Ours:
 
     def __init__(self, dtype: str, args: argparse.Namespace, fasta: Path, sequences: list[bytes]) -> None:
         begun = time.perf_counter()
-        self.choice = EncoderChoice(device=args.device, dtype=dtype, threads=args.threads, long="cut")
+        self.choice = EncoderChoice(
+            encoder=ESM1NV.name, device=args.device, dtype=dtype, threads=args.threads, long="cut"
+        )
         self.setup = Setup(self.choice)
         self.inference = self.setup.inference()
         self.ready_seconds = time.perf_counter() - begun
@@ -85,6 +87,7 @@ class Ours:
             embed_file(
                 self.fasta,
                 Path(folder) / "means.h5",
+                encoder=self.choice.encoder,
                 device=self.choice.device,
                 dtype=self.choice.dtype,
                 threads=self.choice.threads,
@@ -275,7 +278,7 @@ def main() -> int:
 
 def measure(args: argparse.Namespace, fasta: Path, sequences: list[bytes]) -> dict[str, Any]:
     """Measure all in turns; returns the line of results."""
-    device = Setup(EncoderChoice(device=args.device)).device
+    device = Setup(EncoderChoice(encoder=ESM1NV.name, device=args.device)).device
     dtypes = [dtype for dtype in args.dtypes if dtype != "int8" or device.type == "cpu"]
     ours = {dtype: Ours(dtype, args, fasta, sequences) for dtype in dtypes}
     products = {

@@ -63,7 +63,12 @@ def measure(preset: str, proteins: Proteins, device: torch.device, dtype: torch.
     pack_tokens = recipe.pack_tokens if device.type == "cuda" else min(recipe.pack_tokens, 8_192)
     recipe = msgspec.structs.replace(recipe, dtype=name, pack_tokens=pack_tokens)
     learner = Learner(config, first_weights(config, 0), recipe, device=device)
-    masker = Masker(config.alphabet, share=0.15, mask_token_share=0.8, random_share=0.1)
+    masker = Masker(
+        config.alphabet,
+        share=recipe.mask_share,
+        mask_token_share=recipe.mask_token_share,
+        random_share=recipe.random_share,
+    )
     packs = Packs(
         proteins,
         alphabet=config.alphabet,

@@ -127,6 +127,42 @@ def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
         Embeddings.open(tmp_path / "a.h5")
 
 
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("ids", lambda file, there: file.create_group("ids")),
+        ("ids", lambda file, there: file.create_dataset("ids", data="one")),
+        ("lengths", lambda file, there: file.create_dataset("lengths", data=there.astype("S4"))),
+        ("lengths", lambda file, there: file.create_dataset("lengths", (10**12,), np.int64)),
+        ("lengths", lambda file, there: file.create_dataset("lengths", (10**12,), np.int64, compression="gzip")),
+        ("lengths", lambda file, there: file.__setitem__("lengths", h5py.ExternalLink("other.h5", "/lengths"))),
+        ("digests", lambda file, there: file.create_dataset("digests", there.shape, "u1", external=[("x", 0, 19200)])),
+        ("embeddings", lambda file, there: file.create_dataset("embeddings", there.shape, "f4", chunks=(1, 4))),
+    ],
+)
+def test_datasets_that_are_not_what_they_say_are_refused(tmp_path: Path, name: str, made: Any) -> None:
+    write(tmp_path / "other.h5")
+    write(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        there = file[name][:]
+        del file[name]
+        made(file, there)
+    with pytest.raises(
+        FormatError, match=rf"a\.h5: (/{name} is not a dataset|dataset /{name} holds less than it says)"
+    ):
+        Embeddings.open(tmp_path / "a.h5")
+
+
+def test_a_compressed_matrix_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        there = file["embeddings"][:]
+        del file["embeddings"]
+        file.create_dataset("embeddings", data=there, compression="gzip")
+    with Embeddings.open(tmp_path / "a.h5") as embeddings:
+        np.testing.assert_array_equal(np.concatenate(list(embeddings.blocks())), there)
+
+
 def test_ids_given_twice_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.h5", ids=["x"] * N)
     with (

@@ -13,6 +13,7 @@ import msgspec
 
 from fedbio.compartments import named_classes
 from fedbio.encoder_names import DEFAULT_ENCODER
+from fedbio.errors import SettingsError
 
 EXAMPLE = "fedbio embed proteins.fasta -o proteins.h5 --encoder esm2_t6_8M_UR50D.pt"
 
@@ -72,6 +73,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Embed, or estimate what embedding takes, and say what was done."""
+    for name, least in (("threads", 1), ("batch_residues", 1), ("seed", 0), ("layer", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise SettingsError(f"--{name.replace('_', '-')} {value}: expected a number of at least {least}")
     if args.dry_run:
         return _estimate(args)
     from fedbio.encoder.embed import embed_file

@@ -97,6 +97,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train, and say how far it came."""
     from fedbio.encoder.pretraining.corpus import Inputs
+    from fedbio.encoder.pretraining.optimizers import check_optimizer
     from fedbio.encoder.pretraining.recipe import PRESETS
     from fedbio.encoder.pretraining.run import Options, pretrain
 
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if value is not None and not value > 0:
             raise SettingsError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
     start = _start(args)
-    _recipe(args, start.config, None)  # what is wrong shall be said before hours of reading
+    check_optimizer(_recipe(args, start.config, None))  # what is wrong shall be said before hours of reading
     outcome = pretrain(
         args.output,
         Inputs(

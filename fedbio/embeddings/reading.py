@@ -19,6 +19,11 @@ from fedbio.embeddings.form import CHUNK_ROWS, FORMAT, HEADS, RESIDUES, VERSION,
 from fedbio.errors import DataError, FormatError
 from fedbio.results import EncoderInfo
 
+_KINDS = {"embeddings": "f", "ids": "O", "lengths": "iu", "digests": "u", "pointers": "iu"}
+"""What each dataset holds, by NumPy's letters."""
+_MOST_COMPRESSED = 1_100
+"""What a byte can hold of a dataset that someone has compressed: deflate comes to 1,032."""
+
 
 class Embeddings:
     """An embeddings file that is open for reading; what is not asked for is not read.
@@ -44,25 +49,23 @@ class Embeddings:
         self.path, self._file = path, file
         self.info = _read_info(path, file)
         per_residue = self.info.pooling == RESIDUES
-        missing = {"embeddings", "ids", "lengths", "digests", *(["pointers"] if per_residue else [])} - file.keys()
-        if missing:
-            raise FormatError(f"{path}: dataset /{min(missing)} is missing; embed the proteins again")
-        self._matrix: h5py.Dataset = file["embeddings"]
-        self._n = int(file["ids"].shape[0])
-        self.pointers: NDArray[np.int64] | None = file["pointers"][:] if per_residue else None
+        self._sets = {name: _dataset(path, file, name) for name in _KINDS if name != "pointers" or per_residue}
+        self._matrix = self._sets["embeddings"]
+        self._n = int(self._sets["ids"].shape[0])
+        self.pointers: NDArray[np.int64] | None = self._sets["pointers"][:] if per_residue else None
         rows = self._n
         if self.pointers is not None:
             rows = int(self.pointers[-1]) if self.pointers.shape == (self._n + 1,) else -1
             if rows < 0 or self.pointers[0] != 0 or (np.diff(self.pointers) < 0).any():
                 raise FormatError(f"{path}: dataset /pointers does not fit {self._n} ids; embed the proteins again")
-        shapes = (self._matrix.shape, file["lengths"].shape, file["digests"].shape)
+        shapes = (self._matrix.shape, self._sets["lengths"].shape, self._sets["digests"].shape)
         if shapes != ((rows, self.info.width), (self._n,), (self._n, 32)):
             raise FormatError(f"{path}: {self._n} ids of width {self.info.width} do not fit the shapes {shapes}")
 
     @cached_property
     def ids(self) -> list[str]:
         """Ids in order."""
-        ids: list[str] = self._file["ids"].asstr()[:].tolist()
+        ids: list[str] = self._sets["ids"].asstr()[:].tolist()
         if len(set(ids)) != len(ids):
             raise FormatError(f"{self.path}: some ids stand there twice; embed the proteins again")
         return ids
@@ -70,13 +73,13 @@ class Embeddings:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Residues of each protein, shape (n,)."""
-        lengths: NDArray[np.int64] = self._file["lengths"][:]
+        lengths: NDArray[np.int64] = self._sets["lengths"][:]
         return lengths
 
     @cached_property
     def digests(self) -> NDArray[np.uint8]:
         """SHA-256 of each sequence, shape (n, 32)."""
-        digests: NDArray[np.uint8] = self._file["digests"][:]
+        digests: NDArray[np.uint8] = self._sets["digests"][:]
         return digests
 
     @cached_property
@@ -220,10 +223,10 @@ class Embeddings:
 
     def heads(self) -> Iterator[Heads]:
         """Yield ids, lengths and digests in order, `HEADS` proteins at a time; ids are not checked to be unique."""
-        names = self._file["ids"].asstr()
+        names = self._sets["ids"].asstr()
         for first in range(0, self._n, HEADS):
             here = slice(first, first + HEADS)
-            yield Heads(names[here].tolist(), self._file["lengths"][here], self._file["digests"][here])
+            yield Heads(names[here].tolist(), self._sets["lengths"][here], self._sets["digests"][here])
 
 
 def _read_info(path: Path, file: h5py.File) -> EncoderInfo:
@@ -242,3 +245,22 @@ def _read_info(path: Path, file: h5py.File) -> EncoderInfo:
         return msgspec.convert({name: found[name] for name in fields if name in found}, EncoderInfo)
     except msgspec.ValidationError as error:
         raise FormatError(f"{path}: attributes of the root: {error}; embed the proteins again") from error
+
+
+def _dataset(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
+    """Return a dataset that lies in this file with all that it says to hold: reading it takes no more memory."""
+    if name not in file:
+        raise FormatError(f"{path}: dataset /{name} is missing; embed the proteins again")
+    item = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+    if (
+        not isinstance(item, h5py.Dataset)
+        or not item.ndim
+        or item.dtype.kind not in _KINDS[name]
+        or item.is_virtual
+        or item.external
+    ):
+        raise FormatError(f"{path}: /{name} is not a dataset as fedbio writes it; embed the proteins again")
+    most = item.id.get_storage_size() * (_MOST_COMPRESSED if item.compression else 1)
+    if item.size * item.dtype.itemsize > most:
+        raise FormatError(f"{path}: dataset /{name} holds less than it says; embed the proteins again")
+    return item

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         raise SettingsError(f"dtype {name!r}: expected auto, float32, bfloat16 or int8")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    able = torch.cpu.get_capabilities()
+    # PyTorch before 2.11 or so does not tell; then float32 is right everywhere
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 

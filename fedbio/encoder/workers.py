@@ -6,6 +6,7 @@ __all__ = ["choose_devices", "compute_with_workers", "share_out"]
 
 import contextlib
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -157,10 +158,12 @@ def compute_with_workers(
             with lock:
                 advance(residues)
 
+        # whichever ends first is looked at first: if it has failed, the others are stopped
+        ended: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in workers:
-            worker.listen(told)
-        for worker in workers:
-            worker.wait()
+            worker.listen(told, ended)
+        for _ in workers:
+            ended.get().wait()
     parts.refresh()
 
 
@@ -172,17 +175,20 @@ class _Worker:
         self._error = ""
         self._listener: threading.Thread | None = None
 
-    def listen(self, advance: Callable[[int], None]) -> None:
-        """Begin to take up what the process tells."""
+    def listen(self, advance: Callable[[int], None], ended: queue.SimpleQueue[_Worker]) -> None:
+        """Begin to take up what the process tells; it is put into the queue when it tells no more."""
         assert self._process.stdout is not None
-        self._listener = threading.Thread(target=self._listen, args=(self._process.stdout, advance), daemon=True)
+        self._listener = threading.Thread(target=self._listen, args=(self._process.stdout, advance, ended), daemon=True)
         self._listener.start()
 
-    def _listen(self, lines: IO[bytes], advance: Callable[[int], None]) -> None:
-        for line in lines:
-            told = msgspec.json.decode(line, type=_Told)
-            self._error = told.error or self._error
-            advance(told.residues)
+    def _listen(self, lines: IO[bytes], advance: Callable[[int], None], ended: queue.SimpleQueue[_Worker]) -> None:
+        try:
+            for line in lines:
+                told = msgspec.json.decode(line, type=_Told)
+                self._error = told.error or self._error
+                advance(told.residues)
+        finally:
+            ended.put(self)
 
     def wait(self) -> None:
         """Wait until the process is done.

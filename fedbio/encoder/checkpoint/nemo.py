@@ -14,6 +14,7 @@ from __future__ import annotations
 __all__ = ["read_nemo"]
 
 import re
+import reprlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,19 @@ def read_nemo(path: Path) -> tuple[EncoderConfig, Weights]:
     return config, weights
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML without aliases: with these a few lines can stand for more than memory holds, and NeMo writes none."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        return super().compose_node(parent, index)
+
+
 def _settings(path: Path, where: str) -> dict[str, Any]:
     """Return the settings of the model, once none of them asks for what our network does not compute."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)  # noqa: S506 (is a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise FormatError(f"{where}: not valid YAML ({str(error).splitlines()[0]}); get a fresh copy") from error
     # the configuration of a whole run has the model's as a part of it
@@ -121,7 +131,7 @@ def _settings(path: Path, where: str) -> dict[str, Any]:
                 "tensor_model_parallel_size": "merge the parts with NeMo first",
                 "pipeline_model_parallel_size": "merge the parts with NeMo first",
             }.get(name, "archives of ESM-1nv are read")
-            raise FormatError(f"{where}: {name} is {value!r}, and fedbio reads {expected!r} only; {remedy}")
+            raise FormatError(f"{where}: {name} is {reprlib.repr(value)}, and fedbio reads {expected!r} only; {remedy}")
     return settings
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Optimizers"]
+__all__ = ["Optimizers", "check_optimizer"]
 
 from collections.abc import Sequence
 from math import prod
@@ -71,6 +71,21 @@ class Optimizers:
             state["step"].fill_(steps)
 
 
+def check_optimizer(recipe: Recipe) -> None:
+    """Make sure that this PyTorch has the recipe's optimizer.
+
+    Raises
+    ------
+    MachineError
+        If it has no Muon.
+    """
+    if recipe.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise MachineError(
+            f"PyTorch {torch.__version__} has no Muon; install 2.9 or later, or train with --optimizer adamw "
+            "--weight-decay 0.01"
+        )
+
+
 def _adamw(
     recipe: Recipe, values: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, decaying: int
 ) -> torch.optim.Optimizer:
@@ -91,10 +106,7 @@ def _adamw(
 def _muon(
     recipe: Recipe, values: Tensor, gradient: Tensor, mean: Tensor, matrices: Sequence[tuple[int, int]]
 ) -> torch.optim.Optimizer:
-    if not hasattr(torch.optim, "Muon"):
-        raise MachineError(
-            f"PyTorch {torch.__version__} has no Muon; install 2.9 or later, or train with --optimizer adamw"
-        )
+    check_optimizer(recipe)
     sizes = [prod(shape) for shape in matrices]
 
     def cut(vector: Tensor) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Processes", "joined_processes"]
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 from torch import Tensor
+
+PACKING = datetime.timedelta(days=1)
+"""How long processes wait for the first one, which packs the corpus; torch would give up after half an hour."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def joined_processes(device: str) -> Iterator[Processes]:
     cuda = torch.cuda.is_available() and device != "cpu"
     if cuda:
         torch.cuda.set_device(processes.local)
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=PACKING)
     try:
         yield processes
     finally:

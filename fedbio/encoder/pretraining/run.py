@@ -330,7 +330,7 @@ class _Run:
         """Measure with what would be written as the encoder, and add to the curve."""
         if not len(self.held_out):
             return None
-        with self.learner.averaged() if final else contextlib.nullcontext():
+        with self.learner.averaged():
             measured = self.held_out.measure(
                 self.learner,
                 most_residues=None if final else self.options.valid_residues,
