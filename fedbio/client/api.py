@@ -64,7 +64,8 @@ def init(rank: int | str | None = None) -> None:
 def receive(timeout: float | None = None) -> FLModel | None:
     """Wait for the next model; until it is answered, the same one is returned again.
 
-    With several ranks every one of them has to call this, and all get the model of the first.
+    With several ranks, all get the model of the first: every one of them has to call this, unless all have called
+    `is_running` before.
 
     Parameters
     ----------
@@ -102,8 +103,12 @@ def send(model: FLModel, clear_cache: bool = True) -> None:
 
 
 def is_running() -> bool:
-    """Wait until there is a model to work on, or there will be none any more; return whether there is one."""
-    return current().receive(None) is not None
+    """Wait until there is a model to work on, or there will be none any more; return whether there is one.
+
+    With several ranks every one of them has to call this, once for each model: there they let go together of a model
+    that the first rank has answered.
+    """
+    return current().is_running()
 
 
 def system_info() -> dict[str, Any]:

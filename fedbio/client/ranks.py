@@ -1,8 +1,8 @@
-"""Make one task known to all processes that train together, as tensors over their own collectives."""
+"""Make what the first rank knows known to all processes that train together, as tensors over their own collectives."""
 
 from __future__ import annotations
 
-__all__ = ["share"]
+__all__ = ["agree", "share"]
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,25 @@ from fedbio.tensors.layout import chunks
 
 if TYPE_CHECKING:
     import torch
+
+
+def agree(value: bool) -> bool:
+    """Return the first rank's value on every rank.
+
+    Parameters
+    ----------
+    value : bool
+        On the first rank: what all shall know; elsewhere not looked at.
+
+    Raises
+    ------
+    FederationError
+        If the processes are not joined yet.
+    """
+    import torch
+
+    _check_joined()
+    return bool(_broadcast(torch.tensor([value], dtype=torch.int64)).item())
 
 
 def share(task: Task | None, waits: bool) -> tuple[Task | None, bool]:
@@ -34,11 +53,7 @@ def share(task: Task | None, waits: bool) -> tuple[Task | None, bool]:
     """
     import torch.distributed
 
-    if not torch.distributed.is_initialized():
-        raise FederationError(
-            "several ranks train together, but they are not joined; call torch.distributed.init_process_group() "
-            "before flare.receive() or flare.is_running()"
-        )
+    _check_joined()
     first = torch.distributed.get_rank() == 0
     sizes = torch.zeros(3, dtype=torch.int64)
     parts: list[Any] = [b"", b""]
@@ -57,6 +72,16 @@ def share(task: Task | None, waits: bool) -> tuple[Task | None, bool]:
         # the first rank keeps its own arrays
         return task, bool(wait_on)
     return decode(Task, body_there.tobytes(), parse(packed_there.data) if len(packed_there) else {}), False
+
+
+def _check_joined() -> None:
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():
+        raise FederationError(
+            "several ranks train together, but they are not joined; call torch.distributed.init_process_group() "
+            "before flare.receive() or flare.is_running()"
+        )
 
 
 def _broadcast_bytes(part: Any, size: int) -> np.ndarray[Any, Any]:

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -36,6 +36,19 @@ BY_HAND = (
 )
 
 
+class Ranks(Protocol):
+    """How processes that train together come to know what the first of them knows; `fedbio.client.ranks` is one way.
+
+    All of them have to call the same functions in the same order.
+    """
+
+    def agree(self, value: bool) -> bool:
+        """Return the first rank's value on every rank."""
+
+    def share(self, task: Task | None, waits: bool) -> tuple[Task | None, bool]:
+        """Return the first rank's task, or None, on every rank, and whether all of them go on waiting."""
+
+
 class Session:
     """What the functions of the Client API work on.
 
@@ -49,8 +62,8 @@ class Session:
         Of this process, among those that train together.
     default : callable, optional
         Returns ``"torch"`` or ``"numpy"``: how parameters come that the script has never sent.
-    share : callable, optional
-        Makes one task, or None, known to all ranks, and whether they go on waiting; called on all of them.
+    ranks : Ranks, optional
+        If several processes train together.
     """
 
     def __init__(
@@ -60,7 +73,7 @@ class Session:
         rank: int = 0,
         *,
         default: Callable[[], str] | None = None,
-        share: Callable[[Task | None, bool], tuple[Task | None, bool]] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.link, self.rank = link, rank
         self.form = Form(default)
@@ -71,7 +84,8 @@ class Session:
         """Makes the initial model, for a script that is asked for it while it waits for its first task."""
         self.measured: dict[str, Any] | None = None
         """Metrics that shall go with the next model."""
-        self._share = share
+        self._ranks = ranks
+        self._asks_whether_it_runs = False
         self._task: Task | None = None
         self._model: FLModel | None = None
         self._over = False
@@ -91,13 +105,50 @@ class Session:
         """Whether there will be no more models."""
         return self._over
 
+    def is_running(self) -> bool:
+        """Wait until there is a model, or there will be none any more; return whether there is one."""
+        self._check_not_initial()
+        self._asks_whether_it_runs = True
+        self._agree()
+        return self._receive(None) is not None
+
     def receive(self, timeout_s: float | None) -> FLModel | None:
-        """Return the model of the task at hand, or wait for the next one; None if none comes."""
+        """Return the model of the task at hand, or wait for the next one; None if none comes.
+
+        Of several ranks, one alone may call it once all of them know from `is_running` that there is a model. In a
+        script that never asks whether it runs, all of them have to call it each time.
+        """
+        self._check_not_initial()
+        if not self._asks_whether_it_runs:
+            self._agree()
+        return self._receive(timeout_s)
+
+    def _check_not_initial(self) -> None:
         if self.initial:
             raise RuntimeError(
                 "the script waits for models while it is only loaded for its initial one; put what trains under "
                 'if __name__ == "__main__":'
             )
+
+    def _agree(self) -> None:
+        """Have all ranks let go of a model that the first one has answered: the others may have sent nothing.
+
+        Raises
+        ------
+        RuntimeError
+            If this rank has sent an answer and the first one has not.
+        """
+        if self._ranks is None or self._over:
+            return
+        if not self._ranks.agree(self.has_model):
+            self._model = None
+        elif self._model is None:
+            raise RuntimeError(
+                f"rank {self.rank} has sent an answer, and rank 0, which alone talks to the site, has not; call send() "
+                "on rank 0 or on all ranks"
+            )
+
+    def _receive(self, timeout_s: float | None) -> FLModel | None:
         if self._model is None and not self._over:
             task = self._next(timeout_s)
             if task is not None:
@@ -106,7 +157,7 @@ class Session:
         return self._model
 
     def _next(self, timeout_s: float | None) -> Task | None:
-        if self._share is None:
+        if self._ranks is None:
             task = self._from_site(timeout_s)
             self._over |= task is None and timeout_s is None
             return task
@@ -116,7 +167,7 @@ class Session:
             task = self._from_site(BEAT_S if left is None else min(BEAT_S, left))
             # only the first rank knows
             waits = self.link is not None and task is None and not self.link.over and (left is None or left > BEAT_S)
-            task, waits = self._share(task, waits)
+            task, waits = self._ranks.share(task, waits)
             if not waits:
                 self._over |= task is None and timeout_s is None
                 return task
@@ -231,15 +282,15 @@ def enter(rank: int | str | None = None) -> Session:
         socket = os.environ.get(SOCKET)
         if not socket:
             raise SettingsError(BY_HAND)
-        several = None
+        several: Ranks | None = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # imported here: it is for those who have torch
             from fedbio.client import ranks
 
-            several = ranks.share
+            several = ranks
         about = msgspec.json.decode(os.environ.get(ABOUT, "{}"), type=dict[str, Any])
         link = SocketLink(socket, about) if number == 0 else None
-        _of_process = Session(link, about, number, share=several)
+        _of_process = Session(link, about, number, ranks=several)
         if link is not None and (initial := os.environ.get(INITIAL)):
             # imported here: it builds on this module
             from fedbio.client.initial import made_apart
