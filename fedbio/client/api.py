@@ -44,6 +44,9 @@ from fedbio.client.session import Session, current, enter
 
 Function = Callable[..., Any]
 
+METRIC = "accuracy"
+"""What a single number is called that a function under `evaluate` returns: a job's default `selection.metric`."""
+
 
 def init(rank: int | str | None = None) -> None:
     """Connect to the site that has started this script; to be called first, and once.
@@ -200,19 +203,25 @@ def shutdown() -> None:
 
 
 def train(function: Function | None = None, **_: Any) -> Function:
-    """Decorate a function that trains: it gets the received model as its first argument, what it returns is sent.
+    """Decorate a function that trains: it gets the received `FLModel` first, and returns the `FLModel` that is sent.
 
-    Metrics that a function under `evaluate` has returned for the same model go with it.
+    Metrics that a function under `evaluate` has returned for the same model go with it. If that has answered the task,
+    which asked for metrics only, the decorated function does nothing and returns None: a loop may evaluate and train in
+    each turn, whatever is asked.
     """
     if function is None:
         return train
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        session = current()
+        if session.evaluated and not session.has_model:
+            # once for each answer: a script that calls this again waits for its next model
+            session.evaluated = False
+            return None
         answer = _call(function, args, kwargs)
         if not isinstance(answer, FLModel):
             raise TypeError(f"{function.__name__} returned {type(answer).__name__}; @train needs an FLModel")
-        session = current()
         if session.measured is not None:
             answer.metrics, session.measured = session.measured, None
         send(answer)
@@ -222,25 +231,37 @@ def train(function: Function | None = None, **_: Any) -> Function:
 
 
 def evaluate(function: Function | None = None, **_: Any) -> Function:
-    """Decorate a function that evaluates: it gets the received model first, and returns metrics by name.
+    """Decorate a function that evaluates: it gets the received `FLModel` first, and returns metrics by name.
 
-    They are sent at once if the task is to evaluate, else with what the function under `train` returns.
+    A single number is the metric ``"accuracy"``, by which a job chooses its best model unless it says otherwise. The
+    metrics are sent at once if the task is to evaluate, else with what the function under `train` returns.
     """
     if function is None:
         return evaluate
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        metrics = _call(function, args, kwargs)
-        if not isinstance(metrics, dict):
-            raise TypeError(f"{function.__name__} returned {type(metrics).__name__}; @evaluate needs a dict of metrics")
+        found = _call(function, args, kwargs)
+        metrics = _by_name(found, function.__name__)
+        session = current()
         if is_train():
-            current().measured = metrics
+            session.measured = metrics
         else:
             send(FLModel(metrics=metrics))
-        return metrics
+            session.evaluated = True
+        return found
 
     return wrapper
+
+
+def _by_name(found: Any, function: str) -> dict[str, Any]:
+    """Return what a function under `evaluate` has returned as metrics by name."""
+    if isinstance(found, dict):
+        return found
+    # a plain number, or an array or tensor of no dimensions, on whatever device
+    if hasattr(found, "__float__") and getattr(found, "ndim", 0) == 0:
+        return {METRIC: float(found)}
+    raise TypeError(f"{function} returned {type(found).__name__}; @evaluate needs a number or a dict of metrics")
 
 
 def _call(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

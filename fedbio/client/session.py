@@ -84,6 +84,8 @@ class Session:
         """Makes the initial model, for a script that is asked for it while it waits for its first task."""
         self.measured: dict[str, Any] | None = None
         """Metrics that shall go with the next model."""
+        self.evaluated = False
+        """Whether the task that was received last is answered with metrics, and asks for no training."""
         self._ranks = ranks
         self._asks_whether_it_runs = False
         self._task: Task | None = None
@@ -152,7 +154,7 @@ class Session:
         if self._model is None and not self._over:
             task = self._next(timeout_s)
             if task is not None:
-                self._task = task
+                self._task, self.evaluated = task, False
                 self._model = to_script(task.model, self.form)
         return self._model
 

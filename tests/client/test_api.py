@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fedbio.client as flare
 from fedbio.client.host import Answered, Event, QueueHost, SocketHost, Taken
@@ -21,6 +22,7 @@ from fedbio.client.launch import RunningThread
 from fedbio.errors import SettingsError
 from fedbio.federation import FLModel as Travelling
 from fedbio.federation import Task
+from fedbio.settings_jobs import ModelSelection
 
 from .conftest import wait_until
 
@@ -177,6 +179,92 @@ def test_decorated_functions_get_the_model_and_send_what_they_return(site: Site)
     assert trained.params["w"].tolist() == [10, 11, 12]
     assert trained.metrics == {"accuracy": 0.5}
     assert (measured.params, measured.metrics) == ({}, {"accuracy": 0.5})
+
+
+def test_loop_that_evaluates_and_trains_in_each_turn_answers_each_task_once(site: Site) -> None:
+    done: list[Any] = []
+
+    def script() -> None:
+        flare.init()
+        while flare.is_running():
+            model = flare.receive()
+            done.append((flare.get_task_name(), measure(model), train(model, 10) is None))
+
+    @flare.train
+    def train(model: flare.FLModel, step: int) -> flare.FLModel:
+        return flare.FLModel(params={"w": model.params["w"] + step})
+
+    @flare.evaluate
+    def measure(model: flare.FLModel) -> float:
+        return float(model.params["w"][1])
+
+    tasks = ["train", "evaluate", "train", "evaluate", "evaluate"]
+    for number, task in enumerate(tasks):
+        site.give(task, params={"w": np.full(2, number)})
+    site.run(script)
+    answers = site.finish()
+    assert done == [(task, number, task == "evaluate") for number, task in enumerate(tasks)]
+    assert [each.metrics for each in answers] == [{"accuracy": number} for number in range(5)]
+    assert [each.params["w"].tolist() if each.params else None for each in answers] == [
+        [10, 10],
+        None,
+        [12, 12],
+        None,
+        None,
+    ]
+
+
+def test_functions_without_a_loop_wait_for_their_next_model(site: Site) -> None:
+    def script() -> None:
+        flare.init()
+        assert measure() == {"loss": 1}
+        assert train() is None
+        assert train().metrics == {"loss": 2}
+
+    @flare.train
+    def train(model: Any = None) -> flare.FLModel:
+        return flare.FLModel(metrics={"loss": 2})
+
+    @flare.evaluate
+    def measure(model: Any = None) -> dict[str, float]:
+        return {"loss": 1}
+
+    site.give("evaluate", params=PARAMS)
+    site.give("train", params=PARAMS)
+    site.run(script)
+    assert [each.metrics for each in site.finish()] == [{"loss": 1}, {"loss": 2}]
+
+
+@pytest.mark.parametrize("number", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5)])
+def test_single_number_is_the_metric_that_chooses_the_best_model(site: Site, number: Any) -> None:
+    def script() -> None:
+        flare.init()
+        assert measure() is number
+
+    @flare.evaluate
+    def measure(model: Any = None) -> Any:
+        return number
+
+    site.give("evaluate", params=PARAMS)
+    site.run(script)
+    (answer,) = site.finish()
+    assert answer.metrics == {ModelSelection().metric: 0.5}
+
+
+@pytest.mark.parametrize("found", [None, "0.5", [0.5], np.array([0.5]), torch.tensor([0.5])])
+def test_what_is_no_number_is_no_metric(site: Site, found: Any) -> None:
+    def script() -> None:
+        flare.init()
+        with pytest.raises(TypeError, match=r"measure returned \w+; @evaluate needs a number or a dict of metrics"):
+            measure()
+
+    @flare.evaluate
+    def measure(model: Any = None) -> Any:
+        return found
+
+    site.give("evaluate", params=PARAMS)
+    site.run(script)
+    assert site.finish() == []
 
 
 def test_logged_values_come_with_step_and_type(site: Site) -> None:

@@ -46,7 +46,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def takes_part(site: ScriptSite, script: str, **settings: Any) -> None:
-    """Have a script that adds 1 make the first model, train it twice, and measure what it is given."""
+    """Have a script that adds 1 make the first model, train it twice with an evaluation after each, and end."""
     site.deploy(script, files={"net.py": NET}, initial="net.py:Net", **settings)
     first = site.initialize()
     assert {name: value.shape for name, value in first.params.items()} == {"weight": (2, 4), "bias": (2,)}
@@ -56,16 +56,24 @@ def takes_part(site: ScriptSite, script: str, **settings: Any) -> None:
         assert answer.metrics == {"accuracy": pytest.approx(float(params["weight"].sum()), abs=1e-5)}
         assert np.array_equal(answer.params["weight"], params["weight"] + np.float32(1))
         params = answer.params
+        measured = site.evaluate(FLModel(params=params, current_round=number))
+        assert measured.metrics == {"accuracy": pytest.approx(float(params["weight"].sum()), abs=1e-5)}
     site.end()
 
 
 def test_the_five_lines_take_part_in_the_job_beside_them(site: ScriptSite) -> None:
-    (script,) = blocks("client.md", "python")
+    script, _ = blocks("client.md", "python")
     (jobs,) = blocks("client.md", "yaml")
     (job,) = JobsFile.model_validate(yaml.safe_load(jobs)).jobs
     assert (job.client.script, job.client.files, job.client.initial) == ("train.py", ["net.py"], "net.py:Net")  # type: ignore[union-attr]
     takes_part(site, script)
     assert re.findall(r"# (\d)$", script, flags=re.MULTILINE) == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.slow
+def test_the_decorated_functions_take_part(site: ScriptSite) -> None:
+    _, script = blocks("client.md", "python")
+    takes_part(site, script)
 
 
 @pytest.mark.slow
