@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["NUM_STEPS", "FLModel", "Form", "ParamsType", "from_script", "to_script"]
 
+import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 
 from fedbio.federation.model import WEIGHT, Parameters, ParamsType
 from fedbio.federation.model import FLModel as Travelling
+
+log = logging.getLogger(__name__)
 
 NUM_STEPS = "NUM_STEPS_CURRENT_ROUND"
 """Key in `FLModel.meta` under which scripts written for NVIDIA FLARE say their weight."""
@@ -42,7 +45,9 @@ class FLModel:
     params : dict, optional
         Torch tensors, NumPy arrays or numbers by name; values may be dicts or lists of such.
     optimizer_params : dict, optional
-        State of an optimizer that is averaged with the model; as `params`.
+        State of an optimizer. It stays at the site, since no workflow averages it: a script keeps it itself from round
+        to round, in memory or in ``system_info()["workspace"]``. What is no arrays by name, such as the ``state_dict``
+        of torch's optimizers, does not even reach the site's process.
     metrics : dict of str to float, optional
         Numbers that describe the model that was received, or the training.
     start_round, current_round, total_rounds : int, optional
@@ -109,11 +114,14 @@ class Form:
     kinds : dict of str to str
         By name: ``"numpy"``, ``"number"``, ``"torch"``, or ``"torch."`` with a dtype that NumPy lacks.
     paths : dict of str to tuple
+    told : bool
+        Whether it was said that the script's `optimizer_params` are left out.
     """
 
     default: Any = None
     kinds: dict[str, str] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
+    told: bool = False
 
     def remember(self, name: str, kind: str, path: Path) -> None:
         """Note how the script has sent one parameter."""
@@ -161,7 +169,7 @@ def from_script(model: FLModel, form: Form | None = None) -> Travelling:
         raise ValueError(f"the weight in meta is {weight!r}; expected a number of examples or steps")
     return Travelling(
         params=_flat(model.params, "params", form),
-        optimizer_params=_flat(model.optimizer_params, "optimizer_params", form),
+        optimizer_params=_of_optimizer(model.optimizer_params, form),
         metrics=metrics,
         meta=meta,
         params_type=model.params_type or ParamsType.FULL,
@@ -184,6 +192,18 @@ def to_script(model: Travelling, form: Form) -> FLModel:
         total_rounds=model.total_rounds,
         meta=dict(model.meta),
     )
+
+
+def _of_optimizer(state: Any, form: Form | None) -> Parameters:
+    """Return the state of an optimizer, or nothing if it is more than arrays by name: nobody waits for it."""
+    try:
+        return _flat(state, "optimizer_params", form)
+    except (TypeError, ValueError) as error:
+        if form is None or not form.told:
+            log.warning("optimizer_params stay in the script, no workflow averages them (%s)", error)
+        if form is not None:
+            form.told = True
+        return {}
 
 
 def _usual() -> Kind:

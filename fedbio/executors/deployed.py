@@ -164,6 +164,7 @@ class DeployedScript:
         self._current: _Conversation | None = None
         self._talking: _Conversation | None = None
         self._stopped = False
+        self._remarks: set[str] = set()
         self._copy()
 
     def start(self) -> None:
@@ -229,6 +230,12 @@ class DeployedScript:
                     return answer
                 finally:
                     conversation.stop(FIRM_S, FIRM_S)
+
+    def remark(self, words: str, *values: object) -> None:
+        """Say something of the script's answers in the site's log, once in its job."""
+        if words not in self._remarks:
+            self._remarks.add(words)
+            log.warning(f"%s job=%s: {words}", self.spec.script, self.job, *values)
 
     def stop(self, *, politely: bool = True) -> None:
         """End the script; a task that it is doing fails. May be called on any thread, and twice."""

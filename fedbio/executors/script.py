@@ -162,13 +162,22 @@ class TrainScript(Executor):
         self.scripts = scripts
 
     def execute(self, task: Task, model: FLModel, context: SiteContext) -> FLModel:
-        """Return what the script sends, with a weight: the script's own, else the number of registered examples."""
+        """Return what the script sends, with a weight: the script's own, but at most the number of registered examples.
+
+        The state of an optimizer stays here: it is the site's own, and no server asks for it.
+        """
         script = self.scripts.of(task.job, context)
         answer = script.ask(task, model)
         if not answer.params:
             raise FederationError(f"the script of {context.site} was asked to train and has sent no params")
-        params = without_excluded(answer.params, model)
-        return msgspec.structs.replace(answer, params=params, meta={WEIGHT: script.examples, **answer.meta})
+        if answer.optimizer_params:
+            script.remark("its optimizer_params stay at this site: no workflow averages them")
+        return msgspec.structs.replace(
+            answer,
+            params=without_excluded(answer.params, model),
+            optimizer_params={},
+            meta={**answer.meta, WEIGHT: _weight(answer, script)},
+        )
 
 
 class EvaluateScript(Executor):
@@ -221,6 +230,22 @@ class EndScript(Executor):
         # no later process of this site takes it up
         _spec_file(task.job, context).unlink(missing_ok=True)
         return FLModel()
+
+
+def _weight(answer: FLModel, script: DeployedScript) -> float:
+    """Return an answer's weight, which a server does not take if it is above what the site has registered."""
+    if WEIGHT not in answer.meta:
+        return script.examples
+    if answer.weight > script.examples:
+        script.remark(
+            "it claims a weight of %g, and this site has registered %d examples: it weighs %d; if it has more, set "
+            "`examples:` in its settings, and if what is counted are steps, send no NUM_STEPS_CURRENT_ROUND",
+            answer.weight,
+            script.examples,
+            script.examples,
+        )
+        return script.examples
+    return answer.weight
 
 
 def without_excluded(params: Parameters, model: FLModel) -> Parameters:

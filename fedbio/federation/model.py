@@ -91,7 +91,7 @@ class FLModel(msgspec.Struct, kw_only=True):
     params : dict of str to ndarray
         The model's parameters, or their differences; empty if only numbers travel.
     optimizer_params : dict of str to ndarray
-        State of an optimizer that is averaged with the model.
+        State of an optimizer; no workflow asks for it, and a result that has one is refused.
     metrics : dict of str to float
         Numbers that describe the model, such as ``"validation_accuracy"``.
     meta : dict

@@ -145,7 +145,6 @@ def test_model_without_parameters_has_no_type() -> None:
         ({"params": {"w": None}}, "is a NoneType"),
         ({"params": {1: np.ones(1)}}, "key 1 is a int; names must be text"),
         ({"params": np.ones(1)}, "params must be a dict"),
-        ({"optimizer_params": {"m": "x"}}, r"optimizer_params\['m'\]"),
         ({"metrics": {"loss": "low"}}, r"metrics\['loss'\] is a str"),
         ({"meta": {"model": object()}}, "meta: a object cannot travel"),
     ],
@@ -153,6 +152,25 @@ def test_model_without_parameters_has_no_type() -> None:
 def test_what_cannot_travel_is_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         from_script(FLModel(**arguments))  # type: ignore[arg-type]
+
+
+TORCHS_OWN = {
+    "state": {0: {"step": torch.ones(()), "exp_avg": torch.zeros(2)}},
+    "param_groups": [{"lr": 0.1, "foreach": None, "params": [0]}],
+}
+"""What the state_dict of torch's optimizers is like."""
+
+
+@pytest.mark.parametrize("state", [TORCHS_OWN, {"m": "x"}, {"m": None}, np.ones(1), {"a": {"b": 1}, "a.b": 2}])
+def test_optimizer_state_that_is_no_arrays_by_name_is_left_out_and_told_once(
+    state: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    form = Form()
+    for _ in range(2):
+        travelling = from_script(FLModel(params={"w": 1}, optimizer_params=state), form)
+        assert (set(travelling.params), travelling.optimizer_params) == ({"w"}, {})
+    (record,) = caplog.records
+    assert "optimizer_params stay in the script" in record.getMessage()
 
 
 def test_two_entries_of_one_name_are_refused() -> None:

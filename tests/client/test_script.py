@@ -99,6 +99,29 @@ def test_weight_is_what_the_script_says_else_what_the_site_registered(
     assert answer.params_type is ParamsType.DIFF
 
 
+def test_script_weighs_no_more_than_its_site_has_registered(site: ScriptSite, caplog: pytest.LogCaptureFixture) -> None:
+    site.deploy(
+        LOOP + "    flare.send(flare.FLModel(params=model.params, meta={'NUM_STEPS_CURRENT_ROUND': 31}))\n",
+        launch="in_process",
+    )
+    assert [site.train(ONES).weight for _ in range(2)] == [30, 30]
+    (said,) = [each.getMessage() for each in caplog.records if "weigh" in each.getMessage()]
+    assert "claims a weight of 31" in said
+    assert "registered 30 examples" in said
+    assert "set `examples:` in its settings" in said
+
+
+def test_state_of_an_optimizer_stays_at_the_site(site: ScriptSite, caplog: pytest.LogCaptureFixture) -> None:
+    site.deploy(
+        LOOP + "    flare.send(flare.FLModel(params=model.params, optimizer_params={'momentum': np.ones(2)}))\n",
+        launch="in_process",
+    )
+    for _ in range(2):
+        answer = site.train(ONES)
+        assert (set(answer.params), answer.optimizer_params) == ({"w"}, {})
+    assert len([each for each in caplog.records if "optimizer_params stay at this site" in each.getMessage()]) == 1
+
+
 @BOTH
 def test_metrics_are_seen_before_the_answer(site: ScriptSite, launch: str) -> None:
     script = LOOP + (
