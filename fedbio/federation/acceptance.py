@@ -55,7 +55,10 @@ class Expectation:
             if not math.isfinite(weight) or weight < 0:
                 return f"weight {weight} is not a positive number"
             if weight > most:
-                return f"weight {weight:g} is above the {most} examples that the site registered: its proteins, or `examples:` of its settings"
+                return (
+                    f"weight {weight:g} is above the {most} examples that the site registered: its proteins, or "
+                    "`examples:` of its settings"
+                )
             abstains = weight == 0
         if abstains or self.manifest is None:
             return "tensors came where none were asked for" if _tensors(result) else None
