@@ -10,7 +10,8 @@ Five lines make a script federated::
         ...  # load model.params, train
         flare.send(flare.FLModel(params=..., metrics={"accuracy": ...}))
 
-Names and meanings are those of NVIDIA FLARE's Client API.
+Names and meanings are those of NVIDIA FLARE's Client API. Where its functions take a context (``ctx``), so do these,
+and do not look at it: a script has one session, which its own thread or process knows.
 """
 
 from __future__ import annotations
@@ -48,13 +49,16 @@ METRIC = "accuracy"
 """What a single number is called that a function under `evaluate` returns: a job's default `selection.metric`."""
 
 
-def init(rank: int | str | None = None) -> None:
+def init(rank: int | str | None = None, config_file: str | None = None) -> None:
     """Connect to the site that has started this script; to be called first, and once.
 
     Parameters
     ----------
     rank : int or str, optional
         Of this process among those that train together; by default that of torchrun. Only rank 0 talks to the site.
+    config_file : str, optional
+        Not looked at: a site tells its script by the environment how to reach it. It is here for scripts that were
+        written for NVIDIA FLARE.
 
     Raises
     ------
@@ -64,7 +68,7 @@ def init(rank: int | str | None = None) -> None:
     enter(rank)
 
 
-def receive(timeout: float | None = None) -> FLModel | None:
+def receive(timeout: float | None = None, ctx: object = None) -> FLModel | None:
     """Wait for the next model; until it is answered, the same one is returned again.
 
     With several ranks, all get the model of the first: every one of them has to call this, unless all have called
@@ -83,7 +87,7 @@ def receive(timeout: float | None = None) -> FLModel | None:
     return current().receive(timeout)
 
 
-def send(model: FLModel, clear_cache: bool = True) -> None:
+def send(model: FLModel, clear_cache: bool = True, ctx: object = None) -> None:
     """Answer the model that was received last, and wait until the site has the answer; on other ranks do nothing.
 
     Parameters
@@ -105,7 +109,7 @@ def send(model: FLModel, clear_cache: bool = True) -> None:
     current().send(model, clear_cache)
 
 
-def is_running() -> bool:
+def is_running(ctx: object = None) -> bool:
     """Wait until there is a model to work on, or there will be none any more; return whether there is one.
 
     With several ranks every one of them has to call this, once for each model: there they let go together of a model
@@ -114,7 +118,7 @@ def is_running() -> bool:
     return current().is_running()
 
 
-def system_info() -> dict[str, Any]:
+def system_info(ctx: object = None) -> dict[str, Any]:
     """Return what the site tells of itself and the job.
 
     Returns
@@ -126,7 +130,7 @@ def system_info() -> dict[str, Any]:
     return dict(current().about)
 
 
-def get_config() -> dict[str, Any]:
+def get_config(ctx: object = None) -> dict[str, Any]:
     """Return how this script and its site talk to each other, under NVFlare's keys.
 
     Returns
@@ -149,37 +153,37 @@ def get_config() -> dict[str, Any]:
     return {"SITE_NAME": about["site_name"], "JOB_ID": about["job_id"], "TASK_EXCHANGE": exchange}
 
 
-def get_site_name() -> str:
+def get_site_name(ctx: object = None) -> str:
     """Return the name of the site."""
     return str(current().about["site_name"])
 
 
-def get_job_id() -> str:
+def get_job_id(ctx: object = None) -> str:
     """Return the name of the job."""
     return str(current().about["job_id"])
 
 
-def get_task_name() -> str:
+def get_task_name(ctx: object = None) -> str:
     """Return what shall be done with the model that was received: ``"train"``, ``"evaluate"``, ``"submit_model"``."""
     return _session_with_task().task
 
 
-def is_train() -> bool:
+def is_train(ctx: object = None) -> bool:
     """Whether the model that was received shall be trained."""
     return get_task_name() == "train"
 
 
-def is_evaluate() -> bool:
+def is_evaluate(ctx: object = None) -> bool:
     """Whether the model that was received shall only be evaluated: an answer has metrics."""
     return get_task_name() == "evaluate"
 
 
-def is_submit_model() -> bool:
+def is_submit_model(ctx: object = None) -> bool:
     """Whether the site's own best model is asked for: an answer has its parameters."""
     return get_task_name() == "submit_model"
 
 
-def log(key: str, value: Any, data_type: Any = None, **kwargs: Any) -> None:
+def log(key: str, value: Any, data_type: Any = None, ctx: object = None, **kwargs: Any) -> None:
     """Show a metric at the server while the script goes on.
 
     Parameters
@@ -197,7 +201,7 @@ def log(key: str, value: Any, data_type: Any = None, **kwargs: Any) -> None:
     current().log(key, value, data_type, step)
 
 
-def shutdown() -> None:
+def shutdown(ctx: object = None) -> None:
     """End the connection to the site."""
     current().close()
 

@@ -9,24 +9,35 @@ The usual script::
         flare.receive()
         trainer.evaluate()  # the global model; its metrics choose the best round: `selection: {metric: eval_accuracy}`
         trainer.train()     # trains it and sends the result
+
+Names and meanings are those of NVIDIA FLARE's ``nvflare.client.hf``, and `fedbio.client.hf` is this module as well.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "AnalyticsDataType",
     "ClientLogger",
     "FLCallback",
     "FLModel",
     "ParamsType",
+    "evaluate",
+    "get_config",
     "get_job_id",
     "get_site_name",
+    "get_task_name",
     "init",
+    "is_evaluate",
     "is_running",
+    "is_submit_model",
+    "is_train",
     "log",
     "patch",
     "receive",
+    "send",
     "shutdown",
     "system_info",
+    "train",
 ]
 
 import functools
@@ -36,7 +47,25 @@ from torch.nn import Module
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from fedbio.client.api import get_job_id, get_site_name, init, is_running, log, receive, shutdown, system_info
+from fedbio.client.analytics import AnalyticsDataType
+from fedbio.client.api import (
+    evaluate,
+    get_config,
+    get_job_id,
+    get_site_name,
+    get_task_name,
+    init,
+    is_evaluate,
+    is_running,
+    is_submit_model,
+    is_train,
+    log,
+    receive,
+    send,
+    shutdown,
+    system_info,
+    train,
+)
 from fedbio.client.exchange import Exchange
 from fedbio.client.model import FLModel, ParamsType
 
@@ -92,7 +121,7 @@ class FLCallback(TrainerCallback):
             exchange.trained(model, meta)
 
 
-def patch(trainer: Trainer, restore_state: bool = True, load_state_dict_strict: bool = True) -> None:
+def patch(trainer: Trainer, restore_state: bool = True, load_state_dict_strict: bool = True) -> Trainer:
     """Make a trainer take part: it loads global models, and sends what it trains and measures.
 
     ``trainer.evaluate`` measures the model that was received, ``trainer.train`` trains it; a task that asks only for
@@ -112,6 +141,11 @@ def patch(trainer: Trainer, restore_state: bool = True, load_state_dict_strict: 
     load_state_dict_strict : bool
         Whether the global model must have exactly the model's parameters.
 
+    Returns
+    -------
+    transformers.Trainer
+        The same one.
+
     Raises
     ------
     SettingsError
@@ -119,7 +153,7 @@ def patch(trainer: Trainer, restore_state: bool = True, load_state_dict_strict: 
     """
     callbacks = trainer.callback_handler.callbacks
     if any(isinstance(each, _Patched) for each in callbacks):
-        return
+        return trainer
     trainer.remove_callback(FLCallback)
     callback = _Patched(load_state_dict_strict)
     exchange = callback.exchange(trainer.args)
@@ -155,6 +189,7 @@ def patch(trainer: Trainer, restore_state: bool = True, load_state_dict_strict: 
 
     trainer.evaluate = evaluate_global  # type: ignore[method-assign]
     trainer.train = train_global  # type: ignore[method-assign]
+    return trainer
 
 
 class ClientLogger(TrainerCallback):

@@ -16,21 +16,30 @@ Names and meanings are those of NVIDIA FLARE's ``nvflare.client.lightning``.
 from __future__ import annotations
 
 __all__ = [
+    "AnalyticsDataType",
     "ClientLogger",
     "FLCallback",
     "FLModel",
     "ParamsType",
     "RestoreState",
+    "evaluate",
+    "get_config",
     "get_job_id",
     "get_site_name",
+    "get_task_name",
     "init",
+    "is_evaluate",
     "is_running",
+    "is_submit_model",
+    "is_train",
     "log",
     "logger",
     "patch",
     "receive",
+    "send",
     "shutdown",
     "system_info",
+    "train",
 ]
 
 import sys
@@ -39,7 +48,25 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedbio import __version__
-from fedbio.client.api import get_job_id, get_site_name, init, is_running, log, receive, shutdown, system_info
+from fedbio.client.analytics import AnalyticsDataType
+from fedbio.client.api import (
+    evaluate,
+    get_config,
+    get_job_id,
+    get_site_name,
+    get_task_name,
+    init,
+    is_evaluate,
+    is_running,
+    is_submit_model,
+    is_train,
+    log,
+    receive,
+    send,
+    shutdown,
+    system_info,
+    train,
+)
 from fedbio.client.exchange import Exchange
 from fedbio.client.model import FLModel, ParamsType
 
