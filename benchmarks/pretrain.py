@@ -31,9 +31,10 @@ from fedbio.encoder.estimate import operations
 from fedbio.encoder.inference import choose_device, choose_dtype
 from fedbio.encoder.pretraining.allocation import keep_freed_memory
 from fedbio.encoder.pretraining.batches import Packs, Place
+from fedbio.encoder.pretraining.beginning import first_weights
 from fedbio.encoder.pretraining.corpus import Inputs, Proteins, corpus_of
 from fedbio.encoder.pretraining.feed import portions
-from fedbio.encoder.pretraining.learner import Learner, first_weights
+from fedbio.encoder.pretraining.learner import Learner
 from fedbio.encoder.pretraining.masking import Masker
 from fedbio.encoder.pretraining.recipe import PRESETS
 from fedbio.proteins import write_fasta

@@ -6,7 +6,7 @@ weights go.
 
 from __future__ import annotations
 
-__all__ = ["Learner", "Update", "first_weights"]
+__all__ = ["Learner", "Update"]
 
 import contextlib
 import hashlib
@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,29 +21,12 @@ from torch import Tensor, nn
 from fedbio.encoder.alphabet import ALPHABETS
 from fedbio.encoder.network import Encoder
 from fedbio.encoder.pretraining.batches import Batch
+from fedbio.encoder.pretraining.beginning import first_head
 from fedbio.encoder.pretraining.forward import hidden_states, masked_logits
 from fedbio.encoder.pretraining.optimizers import Optimizers
 from fedbio.encoder.pretraining.recipe import Recipe, learning_rate
-from fedbio.encoder.untrained import untrained_weights
 from fedbio.errors import FormatError, MachineError
-from fedbio.weights import EncoderConfig, Weights, head_shapes
-
-HEAD_STD = 0.02
-"""What Megatron BERT starts the dense map of its head from."""
-
-
-def first_weights(config: EncoderConfig, seed: int) -> Weights:
-    """Make the weights that training from scratch starts from, with a language-model head."""
-    return untrained_weights(config, seed) | _first_head(config, seed)
-
-
-def _first_head(config: EncoderConfig, seed: int) -> Weights:
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed])))
-    head: Weights = {name: np.zeros(shape, dtype=np.float32) for name, shape in head_shapes(config).items()}
-    head["lm_head.norm.weight"] += 1
-    dense = head["lm_head.dense.weight"]
-    dense += HEAD_STD * random.standard_normal(dense.shape, dtype=np.float32)
-    return head
+from fedbio.weights import EncoderConfig, Weights
 
 
 @dataclass(frozen=True)
@@ -67,7 +49,8 @@ class Learner:
     ----------
     config : EncoderConfig
     weights : dict of str to ndarray
-        As `first_weights` or an encoder folder gives them; a head that is missing is made from the recipe's seed.
+        As `fedbio.encoder.pretraining.beginning.first_weights` or an encoder folder gives them; a head that is
+        missing is made from the recipe's seed.
     recipe : Recipe
     device : torch.device
     """
@@ -77,7 +60,7 @@ class Learner:
         self.step = 0
         self._mask = ALPHABETS[config.alphabet].pieces.index("<mask>")
         if "lm_head.dense.weight" not in weights:
-            weights = weights | _first_head(config, recipe.seed)
+            weights = weights | first_head(config, recipe.seed)
         with torch.device("meta"):
             self.network = Encoder(config, head=True)
         self._names, copied, decaying = _in_order(self.network)

@@ -21,11 +21,12 @@ import torch
 from fedbio.encoder.inference import choose_device
 from fedbio.encoder.pretraining.allocation import keep_freed_memory
 from fedbio.encoder.pretraining.batches import Packs
+from fedbio.encoder.pretraining.beginning import first_weights
 from fedbio.encoder.pretraining.checkpoints import Progress as RunProgress
 from fedbio.encoder.pretraining.checkpoints import State, read_last, write_state
 from fedbio.encoder.pretraining.corpus import FACTS_FILE, Corpus, Inputs, corpus_of
 from fedbio.encoder.pretraining.feed import Portion, portions
-from fedbio.encoder.pretraining.learner import Learner, Update, first_weights
+from fedbio.encoder.pretraining.learner import Learner, Update
 from fedbio.encoder.pretraining.masking import Masker
 from fedbio.encoder.pretraining.metrics import Metrics
 from fedbio.encoder.pretraining.perplexity import HeldOut, Measured

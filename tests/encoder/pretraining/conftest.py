@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from fedbio.encoder.pretraining import run
-from fedbio.encoder.pretraining.learner import Learner, first_weights
+from fedbio.encoder.pretraining.beginning import first_weights
+from fedbio.encoder.pretraining.learner import Learner
 from fedbio.encoder.pretraining.recipe import Recipe
 from fedbio.weights import EncoderConfig
 

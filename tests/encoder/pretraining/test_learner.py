@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fedbio.encoder.pretraining.batches import Batch, make_batch
-from fedbio.encoder.pretraining.learner import Learner, first_weights
+from fedbio.encoder.pretraining.beginning import first_weights
+from fedbio.encoder.pretraining.learner import Learner
 from fedbio.encoder.pretraining.masking import STANDARD, Masker
 from fedbio.encoder.pretraining.recipe import PRESETS, Recipe, learning_rate, settled_steps
 from fedbio.errors import FormatError, MachineError
