@@ -19,18 +19,19 @@ class Account:
     models: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
 
-    def add(self, rows: str, features: str, fitted: Fitted, scores: Scores, limit: float | None) -> None:
-        """Add one model's figures."""
+    def add(self, rows: str, features: str, fitted: Fitted, scores: Scores | None, limit: float | None = None) -> None:
+        """Add one model's figures; without scores those of validation alone."""
         about = {"rows": rows, "features": features, "model": fitted.model}
         title = f"{features}, {fitted.model}, {rows}"
         self._entry(f"{title}: validation accuracy", fitted.validation, about | {"split": "validation"})
         cells = [rows, features, fitted.model, f"{fitted.validation:.3f}"]
-        for name, values in scores.items():
+        for name, values in (scores or {}).items():
             value, low, high = interval(values)
             entry = self._entry(f"{title}: {name}", value, about | {"split": "test"}, low=low, high=high)
             if limit is not None and name == "accuracy":
                 entry |= {"limit": round(limit, 4), "ratio": round(value / limit, 3)}
             cells.append(f"{value:.3f} ({low:.3f}-{high:.3f})")
+        cells += ["not looked at"] * (7 - len(cells))
         self.models.append(f"| {' | '.join(cells)} |")
         print(self.models[-1], file=sys.stderr, flush=True)
 

@@ -14,8 +14,8 @@ measures once on its test part:
 Accuracy (Q10), macro F1 and MCC, each with a 95 % bootstrap interval over test proteins, and the accuracy on
 validation, on which features may be chosen. With ``--meta`` everything is measured twice: with all rows, and without
 the training and validation rows that the table flags as relatives of test proteins. ``--central-only`` trains nothing
-but the central MLP, to choose among features in a minute. A table for people comes before the last line. Results of the
-federated runs stay in ``results/probe-NAME``.
+but the central MLP and does not look at the test part: it is for choosing among features. A table for people comes
+before the last line. Results of the federated runs stay in ``results/probe-NAME``.
 """
 
 from __future__ import annotations
@@ -87,12 +87,13 @@ class Probe:
         """Train and measure everything that was asked for with these rows."""
         args, account = self.args, self.account
         self.counts[rows] = {name: len(getattr(parts, name)) for name in ("train", "validation", "test")}
+        if args.central_only:
+            self._choose(rows, parts)
+            return
         targets = parts.targets[parts.test]
-        plain: dict[str, tuple[Fitted, Scores]] = {}
-        if args.beside or not args.central_only:
-            plain = {each.model: (each, score(targets, each.predicted)) for each in self._fit(None, parts)}
+        plain = {each.model: (each, score(targets, each.predicted)) for each in self._fit(None, parts)}
         best = _chosen(plain)
-        limit = float(best[1]["accuracy"][0]) if best else None
+        limit = float(best[1]["accuracy"][0])
         for fitted, scores in plain.values():
             account.add(rows, COMPOSITION, fitted, scores, limit)
         candidates: list[tuple[float, dict[str, Any]]] = []
@@ -100,10 +101,9 @@ class Probe:
             for fitted in self._alone(each, parts, rows):
                 scores = score(targets, fitted.predicted)
                 account.add(rows, each.name, fitted, scores, limit)
-                for model in dict.fromkeys([best[0].model, "boosted trees"] if best else []):
-                    if model in plain:
-                        what = f"{each.name}, {fitted.model}, minus {COMPOSITION}, {model}"
-                        account.add_difference(rows, what, scores, plain[model][1])
+                for model in dict.fromkeys([best[0].model, "boosted trees"]):
+                    what = f"{each.name}, {fitted.model}, minus {COMPOSITION}, {model}"
+                    account.add_difference(rows, what, scores, plain[model][1])
             if not args.beside:
                 continue
             both = {fitted.model: (fitted, score(targets, fitted.predicted)) for fitted in self._fit(each, parts)}
@@ -111,22 +111,31 @@ class Probe:
                 account.add(rows, f"{COMPOSITION} beside {each.name}", fitted, scores, limit)
                 what = f"{COMPOSITION} beside {each.name} minus {COMPOSITION}, both {model}"
                 account.add_difference(rows, what, scores, plain[model][1])
-            if (beside := _chosen(both)) and best:
-                what = f"{COMPOSITION} beside {each.name} minus {COMPOSITION}, each the best on validation"
-                entry = account.add_difference(rows, what, beside[1], best[1])
-                if each.info.trained:
-                    candidates.append((beside[0].validation, entry))
+            beside = _chosen(both)
+            what = f"{COMPOSITION} beside {each.name} minus {COMPOSITION}, each the best on validation"
+            entry = account.add_difference(rows, what, beside[1], best[1])
+            if each.info.trained:
+                candidates.append((beside[0].validation, entry))
         if candidates and rows == ALL:
             _, entry = max(candidates, key=lambda candidate: candidate[0])
             # what an encoder must be good for: the features that validation prefers are better than none
             entry |= {"goal": 0.0, "met": entry["low"] > 0}
 
+    def _choose(self, rows: str, parts: Parts) -> None:
+        """Say what validation says of the central MLP on each kind of features."""
+        kinds = {each.name: each.features for each in self.embedded}
+        if self.args.beside:
+            beside = {name: np.hstack([self.composition, features]) for name, features in kinds.items()}
+            kinds |= {COMPOSITION: self.composition}
+            kinds |= {f"{COMPOSITION} beside {name}": features for name, features in beside.items()}
+        for name, features in kinds.items():
+            self.account.add(rows, name, central_mlp(features, parts, self.training), None)
+
     def _fit(self, embedded: Embedded | None, parts: Parts) -> Iterator[Fitted]:
         """Train the models that composition has, with and without embeddings beside it."""
         more = None if embedded is None else embedded.features
-        if not self.args.central_only:
-            yield boosted_trees(self.composition, more, parts)
-            yield logistic_regression(self.composition, more, parts)
+        yield boosted_trees(self.composition, more, parts)
+        yield logistic_regression(self.composition, more, parts)
         both = self.composition if more is None else np.hstack([self.composition, more])
         yield central_mlp(both, parts, self.training)
 
@@ -140,8 +149,8 @@ class Probe:
         yield central_mlp(embedded.features, parts, self.training)
 
 
-def _chosen(models: dict[str, tuple[Fitted, Scores]]) -> tuple[Fitted, Scores] | None:
-    return max(models.values(), key=lambda each: each[0].validation, default=None)
+def _chosen(models: dict[str, tuple[Fitted, Scores]]) -> tuple[Fitted, Scores]:
+    return max(models.values(), key=lambda each: each[0].validation)
 
 
 def split(proteins: list[Protein]) -> Parts:

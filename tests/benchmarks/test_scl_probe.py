@@ -133,12 +133,13 @@ def test_features_are_compared_centrally_with_and_without_relatives(table: Path)
     assert counts["train"] + counts["validation"] == len(kept)
     assert counts["test"] == account["proteins"]["all rows"]["test"] == sum(each.set == "test" for each in proteins)
     assert {each["model"] for each in account["results"]} == {"central MLP"}
+    # features are chosen by validation, and the test part stays unseen
+    assert {each["split"] for each in account["results"]} == {"validation"}
     for rows in account["proteins"]:
-        for part in ("validation", "test"):
-            (good,) = values(account, rows=rows, split=part, features="good")
-            (bad,) = values(account, rows=rows, split=part, features="bad")
-            assert good > bad + 0.1
-            assert f"{good:.3f}" in tables
+        (good,) = values(account, rows=rows, features="good")
+        (bad,) = values(account, rows=rows, features="bad")
+        assert good > bad + 0.1
+        assert f"{good:.3f}" in tables
     assert account["embeddings"]["good"]["name"] == "small"
 
 

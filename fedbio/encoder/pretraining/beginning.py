@@ -26,8 +26,8 @@ def first_weights(config: EncoderConfig, seed: int) -> Weights:
 
     They are those of an untrained encoder, unless positions are learned. These begin as sinusoids [1]_, of which one
     linear map makes those of any neighbour, and the heads of the first half of the layers look one residue to the
-    left, one to the right, two to the left and so on: their queries are the keys of that neighbour. It is the shape that
-    attention comes to anyway, as in [2]_; from random positions a training of ten million tokens does not find out
+    left, one to the right, two to the left and so on: their queries are the keys of that neighbour. It is the shape
+    that attention comes to anyway, as in [2]_; from random positions a training of ten million tokens does not find out
     which residues are neighbours.
 
     References
