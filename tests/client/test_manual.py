@@ -14,6 +14,7 @@ import yaml
 import fedbio.client as flare
 from fedbio.federation import FLModel
 from fedbio.settings import JobsFile
+from fedbio.settings_jobs import FedAvgJob
 
 from .at_hand import AtHand, here  # noqa: F401
 from .conftest import ScriptSite
@@ -83,6 +84,21 @@ def test_a_script_of_nvflare_takes_part_after_its_import_is_changed(site: Script
     takes_part(site, f"from net import Net, measure, train_one_epoch as train\n\nnet = Net()\n{after}")
     changed = [line for line in diff.splitlines() if line.startswith(("-", "+"))]
     assert changed == ["-import nvflare.client as flare", "+import fedbio.client as flare"]
+
+
+def test_the_job_beside_those_of_nvflare_and_flower_is_the_same() -> None:
+    recipe, program = blocks("coming-from.md", "python")[1:]
+    (jobs,) = blocks("coming-from.md", "yaml")
+    settings = JobsFile.model_validate(yaml.safe_load(jobs))
+    (job,) = settings.jobs
+    assert isinstance(job, FedAvgJob)
+    assert (job.rounds, settings.federation.min_sites) == (5, 3)
+    assert f'name="{job.name}"' in recipe
+    assert f'train_script="{job.client.script}"' in recipe
+    for other in (recipe, program):
+        assert f"num_rounds={job.rounds}," in other or f"num_rounds={job.rounds})" in other
+        assert "from net import Net" in other
+    assert (job.client.files, job.client.initial) == (["net.py"], "net.py:Net")
 
 
 def test_the_loop_of_a_trainer_runs(here: AtHand) -> None:  # noqa: F811

@@ -15,12 +15,12 @@ import fedbio.client.lightning
 
 from .at_hand import AtHand, here  # noqa: F401
 
-# what nvflare/client/__init__.py, client/hf/__init__.py and client/lightning/__init__.py import or list, but for
+# what nvflare/client/__init__.py, client/hf/__init__.py and client/lightning/__init__.py of 2.9 import or list, but for
 # IPCAgent, the end of a pipe that this package has not
 CLIENT = """AnalyticsDataType FLModel ParamsType evaluate get_config get_job_id get_site_name get_task_name init
     is_evaluate is_running is_submit_model is_train log receive send shutdown system_info train"""
-LIGHTNING = """AnalyticsDataType FLModel ParamsType FLCallback patch get_config get_job_id get_site_name is_running log
-    receive system_info"""
+LIGHTNING = """AnalyticsDataType FLModel ParamsType FLCallback patch logger get_config get_job_id get_site_name init
+    is_running log receive shutdown system_info"""
 
 
 @pytest.mark.parametrize(
