@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fedbio.encoder.alphabet import ALPHABETS
 from fedbio.encoder.cpu import CpuEncoder
+from fedbio.encoder.memory import PART_TOKENS
 from fedbio.encoder.network import Encoder, Runs, send
 from fedbio.encoder.packs import ENDS, Plan
 from fedbio.encoder.pooling import Pooling, Span, pool
@@ -28,8 +29,6 @@ from fedbio.weights import EncoderConfig, Weights
 
 log = logging.getLogger(__name__)
 
-# a CPU's thread computes so many tokens at a time: fewer make more small products, more do not stay in its cache
-_PART_TOKENS = 1024
 # parts that wait or are computed, for each thread
 _PARTS_AHEAD = 2
 
@@ -186,7 +185,7 @@ class Inference:
             return [(first, last)]
         parts, tokens = [first], 0
         for piece, length in enumerate((plan.end[first:last] - plan.begin[first:last] + ENDS).tolist(), start=first):
-            if tokens and tokens + length > _PART_TOKENS:
+            if tokens and tokens + length > PART_TOKENS:
                 parts.append(piece)
                 tokens = 0
             tokens += length

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["PROTEIN_BYTES", "bound_kernel_caches", "check_memory", "fitting_budget", "needed_bytes", "read_size"]
+__all__ = [
+    "PART_TOKENS",
+    "PROTEIN_BYTES",
+    "bound_kernel_caches",
+    "check_memory",
+    "fitting_budget",
+    "fitting_lanes",
+    "needed_bytes",
+    "read_size",
+]
 
 import os
 import re
@@ -15,6 +24,8 @@ BASE_BYTES = 450 * 2**20
 """Python, torch, HDF5, and rows on their way to the disk; measured by ``benchmarks/embed_memory.py``."""
 PROTEIN_BYTES = 150
 """What each protein adds to the peak (where its sequence, its twin and its rows are); measured by the same."""
+PART_TOKENS = 1_024
+"""A CPU's thread computes so many at a time: fewer make more small products, more do not stay in its cache."""
 _HEAD_PROTEINS = 65_536
 """Proteins that every run has room for: those of a block while it is planned."""
 
@@ -46,7 +57,13 @@ def read_size(text: str) -> int:
 
 
 def needed_bytes(
-    config: EncoderConfig, weights_bytes: int, *, budget: int, on_cpu: bool, row_width: int | None = None
+    config: EncoderConfig,
+    weights_bytes: int,
+    *,
+    budget: int,
+    on_cpu: bool,
+    row_width: int | None = None,
+    lanes: int = 1,
 ) -> int:
     """Return the memory of this process for a pack of `budget` tokens, without what grows with the proteins.
 
@@ -61,6 +78,8 @@ def needed_bytes(
         Whether the pack is computed here, and not on an accelerator.
     row_width : int, optional
         Numbers of a row, if these are more than the encoder's width.
+    lanes : int
+        Threads that compute at the same time, each a part of a pack.
     """
     # the weights as they were read, and in the arithmetic and order of inference
     fixed = BASE_BYTES + 2 * weights_bytes + _HEAD_PROTEINS * PROTEIN_BYTES
@@ -70,11 +89,12 @@ def needed_bytes(
     if not on_cpu:
         return fixed
     longest = min(config.max_residues + ENDS, budget)
+    at_once = max(budget, lanes * min(budget, max(PART_TOKENS, longest)))
     # float32: the stream, its norm, queries, keys, values, attention's output, and the wide layer before and after GELU
     token = 4 * (8 * config.width + 2 * config.ffn)
     # attention's scores of a pack whose proteins all have the greatest length
-    scores = 2 * 4 * config.heads * longest * budget
-    return fixed + token * budget + min(scores, _MOST_SCORES)
+    scores = 2 * 4 * config.heads * longest * at_once
+    return fixed + token * at_once + min(scores, lanes * _MOST_SCORES)
 
 
 _MOST_SCORES = 2**30
@@ -120,6 +140,29 @@ def fitting_budget(
             "smallest packs; allow that much (--memory), or give a smaller encoder"
         )
     return budget
+
+
+def fitting_lanes(
+    config: EncoderConfig,
+    weights_bytes: int,
+    *,
+    threads: int,
+    budget: int,
+    memory: int | None,
+    on_cpu: bool,
+    row_width: int | None = None,
+) -> int:
+    """Return how many threads may compute at the same time: all, or as many as keep within `memory`, at least one.
+
+    The result of embedding does not depend on it.
+    """
+    if memory is None or not on_cpu:
+        return threads
+
+    def needed_by(lanes: int) -> int:
+        return needed_bytes(config, weights_bytes, budget=budget, on_cpu=on_cpu, row_width=row_width, lanes=lanes)
+
+    return max((lanes for lanes in range(1, threads + 1) if needed_by(lanes) <= memory), default=1)
 
 
 def check_memory(proteins: int, needed: int, memory: int | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["BATCH_RESIDUES", "EncoderChoice", "Setup"]
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -12,7 +13,7 @@ from typing import Literal, get_args
 from fedbio.encoder.bins import bins_name
 from fedbio.encoder.checkpoint import read_encoder
 from fedbio.encoder.inference import Inference, choose_device, choose_dtype
-from fedbio.encoder.memory import bound_kernel_caches, fitting_budget, needed_bytes
+from fedbio.encoder.memory import bound_kernel_caches, fitting_budget, fitting_lanes, needed_bytes
 from fedbio.encoder.packs import Plan, make_plan
 from fedbio.encoder.pooling import Pooling, row_width
 from fedbio.encoder.source import StrPath
@@ -56,6 +57,8 @@ class Setup:
     info : EncoderInfo
     budget : int
         The most tokens in a pack.
+    lanes : int
+        Threads that compute at the same time.
     needed_bytes : int
         Memory that this process takes, without what grows with the proteins.
 
@@ -82,7 +85,7 @@ class Setup:
                 f"but {choice.expected_sha256} is expected; nothing was embedded"
             )
         self.info = self._find_info(digest, None if loaded.account is None else loaded.account.perplexity)
-        self.budget, self.needed_bytes = self._find_budget()
+        self.budget, self.lanes, self.needed_bytes = self._find_budget()
         if not self.info.trained:
             log.warning("untrained encoder name=%s sha256=%.12s", self.info.name, digest)
 
@@ -100,7 +103,7 @@ class Setup:
             self.weights,
             device=self.device,
             dtype=self.dtype,
-            threads=choice.threads,
+            threads=self.lanes,
             pooling=choice.pooling,
             layer=choice.layer,
         )
@@ -126,16 +129,26 @@ class Setup:
             bins=bins_name() if choice.pooling == "ends" else "",
         )
 
-    def _find_budget(self) -> tuple[int, int]:
+    def _find_budget(self) -> tuple[int, int, int]:
         size = sum(tensor.nbytes for tensor in self.weights.values())
         on_cpu = self.device.type == "cpu"
+        width, memory = self.info.width, self.choice.memory
         budget = self.choice.batch_residues or fitting_budget(
             self.config,
             size,
             default=BATCH_RESIDUES[self.device.type],
-            memory=self.choice.memory,
+            memory=memory,
             on_cpu=on_cpu,
-            row_width=self.info.width,
+            row_width=width,
         )
-        needed = needed_bytes(self.config, size, budget=budget, on_cpu=on_cpu, row_width=self.info.width)
-        return budget, needed
+        lanes = fitting_lanes(
+            self.config,
+            size,
+            threads=self.choice.threads or len(os.sched_getaffinity(0)),
+            budget=budget,
+            memory=memory,
+            on_cpu=on_cpu,
+            row_width=width,
+        )
+        needed = needed_bytes(self.config, size, budget=budget, on_cpu=on_cpu, row_width=width, lanes=lanes)
+        return budget, lanes, needed

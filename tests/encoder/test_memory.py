@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedbio.encoder.memory import check_memory, fitting_budget, needed_bytes
+from fedbio.encoder.memory import check_memory, fitting_budget, fitting_lanes, needed_bytes
 from fedbio.errors import MachineError
 from fedbio.weights import EncoderConfig, Weights, write_weights
 
@@ -55,6 +55,24 @@ def test_packs_become_smaller_until_they_fit() -> None:
     assert fitting_budget(ESM, ESM_BYTES, default=65_536, memory=tight, on_cpu=False) == 65_536
     with pytest.raises(MachineError, match=r"memory of 500 MiB: esm takes about [0-9,]+ MiB with the smallest packs"):
         budget(500 * 2**20)
+
+
+def test_fewer_threads_compute_at_once_until_they_fit() -> None:
+    def lanes(memory: int | None, on_cpu: bool = True) -> int:
+        return fitting_lanes(ESM, ESM_BYTES, threads=64, budget=2048, memory=memory, on_cpu=on_cpu)
+
+    def needed(lanes: int) -> int:
+        return needed_bytes(ESM, ESM_BYTES, budget=2048, on_cpu=True, lanes=lanes)
+
+    # a pack is cut into parts: two threads have one between them
+    assert needed(1) == needed(2) < needed(3)
+    assert lanes(None) == lanes(needed(64)) == 64
+    assert lanes(needed(64) - 1) == 63
+    assert lanes(needed(5)) == 5
+    assert lanes(needed(1) - 1) == 1
+    assert lanes(needed(1), on_cpu=False) == 64
+    # the numbers of a layer alone, in float32, for each token of each thread
+    assert needed(64) - needed(4) > 60 * 1024 * 4 * (8 * 768 + 2 * 3072)
 
 
 def test_wider_rows_take_memory_on_their_way() -> None:
