@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,45 @@ def test_jobs_whose_classifiers_cannot_read_the_embeddings_are_refused(
     (tmp_path / "jobs.json").write_text(json.dumps({"jobs": jobs}))
     with pytest.raises(SettingsError, match=message):
         settings.load(tmp_path / "jobs.json", settings.JobsFile)
+
+
+FEDAVG = """
+[[jobs]]
+workflow = "fedavg"
+rounds = 3
+client = { script = "train.py", initial = "train.py:net" }
+
+[federation]
+min_sites = 2
+"""
+
+
+@pytest.mark.parametrize("ending", ["toml", "json", "yaml"])
+def test_job_file_says_the_same_in_every_form(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"jobs.{ending}"
+    # JSON is YAML
+    path.write_text(FEDAVG if ending == "toml" else json.dumps(tomllib.loads(FEDAVG)))
+    found = settings.load(path, settings.JobsFile)
+    [job] = found.jobs
+    assert (job.workflow, job.name, job.client.script) == ("fedavg", "fedavg", "train.py")
+    assert found.federation.min_sites == 2
+
+
+@pytest.mark.parametrize(
+    ("ending", "content", "message"),
+    [
+        ("toml", "[[jobs]]\nworkflow = fedavg\n", r"jobs.toml: not valid TOML: .*line 2.*check the quotes"),
+        ("toml", FEDAVG.replace("rounds", "round"), r"jobs.toml: jobs.0.*round: .*did you mean 'rounds'"),
+        ("toml", FEDAVG + "min_sites = 3\n", "jobs.toml: not valid TOML"),
+        ("json", '{"jobs": [}', r"jobs.json:1: not valid JSON: .*check commas and quotes"),
+        ("json", '{"jobs": [], "jobs": []}', "key 'jobs' is there twice"),
+    ],
+)
+def test_job_file_that_cannot_be_read_is_said_where(tmp_path: Path, ending: str, content: str, message: str) -> None:
+    path = tmp_path / f"jobs.{ending}"
+    path.write_text(content)
+    with pytest.raises(SettingsError, match=message):
+        settings.load(path, settings.JobsFile)
 
 
 @pytest.mark.parametrize("kind", settings.FILES)
