@@ -9,11 +9,12 @@ from __future__ import annotations
 
 __all__ = ["Desk", "Post"]
 
+import collections
 import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -21,8 +22,9 @@ from fedbio.errors import FedbioError, FederationError, PeerUnreachable, Protoco
 from fedbio.federation.acceptance import Expectation
 from fedbio.federation.attendance import SAY_EVERY_S, Attendance
 from fedbio.federation.messages import Join
-from fedbio.federation.model import Result, Status, Task, encode
+from fedbio.federation.model import WEIGHT, Result, Status, Task, encode
 from fedbio.federation.model_file import FileModel, ModelFilePayload
+from fedbio.federation.open_task import OpenTask
 from fedbio.federation.quantization import EXACT, Packer, Travel
 from fedbio.results import EventLog
 from fedbio.transport import Payload
@@ -39,22 +41,11 @@ RETRY_S = 1.0
 SEND_TRIES = 3
 """How often a task is sent to a site that does not accept it."""
 
+REMEMBERED_TASKS = 1000
+"""Tasks that are over and of which the desk still knows the job, for an answer that comes late."""
+
 Post = Callable[[str, bytes, Payload | None], None]
 """Sends a task to a site: its name, the body, the payload; blocks until the site has it all, or raises."""
-
-
-@dataclass(slots=True)
-class _OpenTask:
-    task: Task
-    body: bytes
-    payload: Payload | None
-    expected: Expectation
-    pending: set[str]
-    delivering: set[str] = field(default_factory=set)
-    delivered: set[str] = field(default_factory=set)
-    results: dict[str, Result] = field(default_factory=dict)
-    lost: dict[str, str] = field(default_factory=dict)
-    bug: BaseException | None = None
 
 
 class Desk:
@@ -75,7 +66,9 @@ class Desk:
         self.expected = tuple(sorted(expected))
         self.min_sites = min_sites
         self._post, self._events = post, events
-        self._open: dict[str, _OpenTask] = {}
+        self._open: dict[str, OpenTask] = {}
+        self._over: collections.OrderedDict[str, dict[str, Any]] = collections.OrderedDict()
+        """What events say of tasks, by id; the newest ones."""
         self._changed = threading.Condition(threading.RLock())
         self.attendance = Attendance(self.expected, events, self._changed)
         self._interrupted: dict[str, FedbioError] = {}
@@ -127,7 +120,7 @@ class Desk:
         with self._changed:
             return self._waiting(result).expected
 
-    def _waiting(self, result: Result) -> _OpenTask:
+    def _waiting(self, result: Result) -> OpenTask:
         open_task = self._open.get(result.task)
         if open_task is not None and result.site in open_task.pending:
             return open_task
@@ -138,8 +131,18 @@ class Desk:
         self._refuse(result, reason)
         raise ProtocolError(f"the result is refused: {reason}")
 
-    def answered(self, result: Result) -> None:
-        """A site has sent a result; `result.site` comes from its certificate."""
+    def answered(self, result: Result, *, size: int = 0, digest: bytes = b"") -> None:
+        """A site has sent a result.
+
+        Parameters
+        ----------
+        result : Result
+            Its `site` comes from the sender's certificate.
+        size : int
+            Bytes of the message.
+        digest : bytes
+            BLAKE3 of its payload as it travelled; empty if nobody has computed it.
+        """
         with self._changed:
             try:
                 open_task = self._waiting(result)
@@ -160,30 +163,41 @@ class Desk:
                 self._refuse(result, problem)
             elif result.status is Status.DONE:
                 open_task.results[result.site] = result
+                weight = result.model.weight if WEIGHT in result.model.meta else None
+                self._events.write(
+                    "result accepted", site=result.site, **open_task.named(),
+                    weight=weight, bytes=size, digest=digest.hex() or None,
+                )  # fmt: skip
             else:
                 open_task.lost[result.site] = f"{result.status}: {result.reason}"
                 log.warning(
                     "task %s site=%s task=%s reason=%s", result.status, result.site, open_task.task.name, result.reason
                 )
-                self._events.write(
-                    f"task {result.status}", site=result.site, task=open_task.task.name, reason=result.reason
-                )
+                self._events.write(f"task {result.status}", site=result.site, **open_task.named(), reason=result.reason)
             self._changed.notify_all()
 
-    def unreadable(self, site: str, reason: str) -> None:
-        """A site has sent something that is no result; it loses the task that it was working on."""
+    def unreadable(self, site: str, reason: str, task: str = "") -> None:
+        """A site has sent something that is no result; it loses that task, or all of its if nobody can say which."""
         with self._changed:
-            log.warning("result refused site=%s reason=%s", site, reason)
-            self._events.write("result refused", site=site, reason=reason)
-            for each in self._open.values():
-                if site in each.pending:
-                    each.pending.discard(site)
-                    each.lost[site] = f"its result was refused: {reason}"
+            log.warning("result refused site=%s task=%s reason=%s", site, task, reason)
+            lost = [each for each in self._open.values() if site in each.pending and (not task or each.task.id == task)]
+            for each in lost:
+                each.pending.discard(site)
+                each.lost[site] = f"its result was refused: {reason}"
+                self._events.write("result refused", site=site, **each.named(), reason=reason)
+            if not lost:
+                self._events.write("result refused", site=site, **self._named(task), reason=reason)
             self._changed.notify_all()
 
     def _refuse(self, result: Result, reason: str) -> None:
-        log.warning("result refused site=%s task=%s reason=%s", result.site, result.task, reason)
-        self._events.write("result refused", site=result.site, task=result.task, reason=reason)
+        named = self._named(result.task)
+        log.warning("result refused site=%s task=%s reason=%s", result.site, named["task"], reason)
+        self._events.write("result refused", site=result.site, **named, reason=reason)
+
+    def _named(self, task: str) -> dict[str, Any]:
+        """Return what events say of a task, which may be over, or none that ever was."""
+        open_task = self._open.get(task)
+        return open_task.named() if open_task else self._over.get(task, {"task": task[:100]})
 
     # what a controller asks
 
@@ -243,12 +257,10 @@ class Desk:
             payload = ModelFilePayload(tensors, task.model.file)
         else:
             payload = self._packer.pack(tensors, travel.to_sites, exact=travel.exact, feedback=travel.feedback)
-        open_task = _OpenTask(task, body, payload, expected, set(sites))
+        open_task = OpenTask(task, body, payload, expected, set(sites))
         with self._changed:
             self._open[task.id] = open_task
-        self._events.write(
-            "task sent", task=task.name, id=task.id, job=task.job, round=task.model.current_round, sites=list(sites)
-        )
+        self._events.write("task sent", **open_task.named(), sites=list(sites))
         for site in sites:
             if self.attendance.is_here(site):
                 self._push(site, open_task)
@@ -257,15 +269,18 @@ class Desk:
         finally:
             with self._changed:
                 self._open.pop(task.id, None)
+                self._over[task.id] = open_task.named()
+                while len(self._over) > REMEMBERED_TASKS:
+                    self._over.popitem(last=False)
             if payload is not None:
                 payload.cancel()  # who has not had all of it yet is not waited for any more
         results = [open_task.results[site] for site in sorted(open_task.results)]
         why = self._why_missing(open_task)
+        digest = payload.known_digest() if payload is not None else None
         self._events.write(
             "task closed",
-            task=task.name,
-            id=task.id,
-            job=task.job,
+            **open_task.named(),
+            digest=digest.hex() if digest else None,
             answered=[each.site for each in results],
             missing=why,
         )
@@ -281,7 +296,7 @@ class Desk:
 
     def _wait(
         self,
-        open_task: _OpenTask,
+        open_task: OpenTask,
         min_responses: int,
         deadline_s: float,
         on_result: Callable[[Result], None] | None,
@@ -322,7 +337,7 @@ class Desk:
             if over:
                 return
 
-    def _why_missing(self, open_task: _OpenTask) -> Mapping[str, str]:
+    def _why_missing(self, open_task: OpenTask) -> Mapping[str, str]:
         """Return who has not given a result and why; those who failed come before those who are only late."""
         with self._changed:
             silent = {
@@ -333,7 +348,7 @@ class Desk:
             }
             return {**dict(sorted(open_task.lost.items())), **silent}
 
-    def _push(self, site: str, open_task: _OpenTask) -> None:
+    def _push(self, site: str, open_task: OpenTask) -> None:
         with self._changed:
             if site in open_task.delivering or site in open_task.delivered:
                 return
@@ -350,7 +365,7 @@ class Desk:
 
         self._senders.submit(push)
 
-    def _deliver(self, site: str, open_task: _OpenTask) -> None:
+    def _deliver(self, site: str, open_task: OpenTask) -> None:
         """Send a task until the site has it; who is not here is sent it when it is here again."""
         process, refusals = self.attendance.arrivals(site), 0
         while True:
@@ -374,16 +389,16 @@ class Desk:
                     open_task.delivering.discard(site)
                     return
 
-    def _lose(self, site: str, open_task: _OpenTask, reason: str) -> None:
+    def _lose(self, site: str, open_task: OpenTask, reason: str) -> None:
         """A site is here and does not take a task."""
         with self._changed:
             if site in open_task.pending:
                 open_task.pending.discard(site)
                 open_task.lost[site] = reason
-                self._events.write("task not taken", site=site, task=open_task.task.name, reason=reason)
+                self._events.write("task not taken", site=site, **open_task.named(), reason=reason)
                 self._changed.notify_all()
 
-    def _is_settled(self, site: str, open_task: _OpenTask) -> bool:
+    def _is_settled(self, site: str, open_task: OpenTask) -> bool:
         """Whether there is no more to send, or nobody to send it to."""
         waits = site in open_task.pending and open_task.task.id in self._open
         return not waits or not self.attendance.is_here(site)

@@ -272,7 +272,7 @@ class PoolEndpoint:
         if refusal:
             log.info("message rejected peer=%s topic=%s reason=%s", letter.site, letter.topic, refusal)
         else:
-            self._on_message(Received(letter.site, letter.topic, letter.body, payload))
+            self._on_message(Received(letter.site, letter.topic, letter.body, payload, letter.size))
 
     def _received(self, letter: Letter) -> Any:
         """Return what a letter's payload becomes, as if it had come over a network."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Server"]
 
+import contextlib
 import logging
 import threading
 import time
@@ -283,11 +284,13 @@ class Server:
             if received.topic == messages.RESULT:
                 tensors = {} if received.payload is None else received.payload.tensors()
                 result = decode(Result, received.body, tensors)
-                self._desk.answered(msgspec.structs.replace(result, site=site))
+                result = msgspec.structs.replace(result, site=site)
+                self._desk.answered(result, size=_size(received), digest=received.digest)
             elif received.topic == messages.UPDATE:
                 result = decode(Result, received.body, {})
                 model = result.model if received.payload is None else in_file(result.model, received.payload)
-                self._desk.answered(msgspec.structs.replace(result, site=site, model=model))
+                result = msgspec.structs.replace(result, site=site, model=model)
+                self._desk.answered(result, size=_size(received), digest=received.digest)
             elif received.topic == messages.PART:
                 self._lockstep.take(received)
             elif received.topic == messages.SPLIT:
@@ -304,9 +307,9 @@ class Server:
             else:
                 raise ProtocolError(f"unknown topic {received.topic!r}")
         except TransportError as error:
-            self._desk.unreadable(site, str(error))
+            self._desk.unreadable(site, str(error), _task_of(received))
         except FedbioError as error:
-            self._desk.unreadable(site, f"its tensors cannot be read: {error}")
+            self._desk.unreadable(site, f"its tensors cannot be read: {error}", _task_of(received))
 
     def _schemes(self, opening: Opening) -> Collection[str]:
         """Return the quantization schemes in which a message's model may come: the one that its task asked for."""
@@ -329,7 +332,7 @@ class Server:
         return UpdateSink(
             self.workspace / "spool",
             expected.manifest or {},
-            lambda reason: self._desk.unreadable(site, reason),
+            lambda reason: self._desk.unreadable(site, reason, result.task),
             schemes=self._schemes(opening),
         )
 
@@ -385,6 +388,18 @@ class Server:
             time.sleep(0.02)
         if missing := sorted(known - self._left):
             log.warning("sites did not say goodbye sites=%s", ",".join(missing))
+
+
+def _size(received: Received) -> int:
+    return len(received.body) + received.size
+
+
+def _task_of(received: Received) -> str:
+    """Return which task a message that cannot be read wants to answer; empty if nobody can say."""
+    if received.topic in (messages.RESULT, messages.UPDATE):
+        with contextlib.suppress(ProtocolError):
+            return decode(Result, received.body, {}).task
+    return ""
 
 
 def _job_done(job: str, state: str, reason: str) -> JobDone:

@@ -54,7 +54,7 @@ class Tasks:
         refusal = self._refusal(task, executor, context.site)
         if executor is None or refusal:
             log.warning("task refused task=%s reason=%s", task.name, refusal)
-            self.party.events.write("task refused", task=task.name, reason=refusal)
+            self.party.events.write("task refused", task=task.name, id=task.id, job=task.job, reason=refusal)
             return Result(task=task.id, status=Status.REFUSED, reason=refusal)
         context.job = task.job
         if self.prepare is not None:

@@ -194,7 +194,8 @@ class Incoming:
         opening = self._opening
         try:
             end = wire.unpack(frame.payload, wire.End)
-            if end.seal != wire.seal(opening.topic, opening.body, opening.kind, self._hasher.digest()):
+            digest = self._hasher.digest()
+            if end.seal != wire.seal(opening.topic, opening.body, opening.kind, digest):
                 raise ProtocolError("the whole does not match its digest; send it again")
             payload = sink.finish()
         except Exception as error:
@@ -204,7 +205,7 @@ class Incoming:
             over, self._over = self._over, True
         if not over:
             self._meter.report()
-            self._receiver.deliver(self._stream, opening, payload)
+            self._receiver.deliver(self._stream, opening, payload, self._bytes, digest)
         return None
 
     def _give_up(self, reason: str) -> None:

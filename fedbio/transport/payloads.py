@@ -125,6 +125,12 @@ class Payload(ABC):
                 self._digest = reader.finish()
         return self._digest
 
+    def known_digest(self) -> bytes | None:
+        """Return the BLAKE3 digest of the whole if it was computed already, by whoever has read it to its end."""
+        if self._digest is not None:
+            return self._digest
+        return self._shared.digest if self._shared else None
+
     def _share(self) -> SharedChunks:
         return SharedChunks(self.chunks())
 

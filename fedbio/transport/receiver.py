@@ -42,6 +42,10 @@ class Received:
     payload: Any
     """What the payload's sink made of it: a `ReceivedPayload` unless the topic has a sink of its own; None if none was
     sent."""
+    size: int = 0
+    """Bytes of the payload as it travelled."""
+    digest: bytes = b""
+    """BLAKE3 of the payload as it travelled; empty if none was sent, or if it did not come over a network."""
 
 
 SinkFactory = Callable[[Opening], Sink]
@@ -137,7 +141,7 @@ class Receiver:
         if stream <= self._highest - REMEMBERED or stream == 0:
             raise ProtocolError(f"stream {stream} opened after stream {self._highest}")
         if frame.kind == Kind.MESSAGE:
-            return self._take_message(stream, _whole(frame))
+            return self._take_message(stream, *_whole(frame))
         self._take_open(stream, wire.unpack(frame.payload, wire.Open))
         if frame.sequence and (incoming := self._streams.get(stream)):
             incoming.reply_position()
@@ -149,7 +153,7 @@ class Receiver:
             self._outcomes[stream] = None
             self._forget()
 
-    def _take_message(self, stream: int, message: wire.Message) -> None:
+    def _take_message(self, stream: int, message: wire.Message, digest: bytes) -> None:
         self._remember(stream)
         if not self._enter():
             return self._reject(stream, self._busy)
@@ -168,7 +172,8 @@ class Receiver:
                     sink.abort()
                 self._reject(stream, why_not(error))
                 return self._leave()
-            return self._hand_over(stream, Received(self.peer, message.topic, message.body, payload))
+            size = len(message.payload)
+            return self._hand_over(stream, Received(self.peer, message.topic, message.body, payload, size, digest))
 
         if message.topic in self._sinks:
             return self._collectors.submit(collect)
@@ -225,9 +230,9 @@ class Receiver:
             self._memory += size
         return MemorySink(size, on_freed=lambda: self._freed.append(size))
 
-    def deliver(self, stream: int, opening: Opening, payload: Any) -> None:
+    def deliver(self, stream: int, opening: Opening, payload: Any, size: int, digest: bytes) -> None:
         """A stream has come whole."""
-        self._hand_over(stream, Received(self.peer, opening.topic, opening.body, payload))
+        self._hand_over(stream, Received(self.peer, opening.topic, opening.body, payload, size, digest))
         self._streams.pop(stream, None)
 
     def refuse(self, stream: int, reason: str) -> None:
@@ -276,8 +281,10 @@ class Receiver:
         return f"{self.limits.max_messages} messages are not handled yet; send fewer at a time"
 
 
-def _whole(frame: Frame) -> wire.Message:
+def _whole(frame: Frame) -> tuple[wire.Message, bytes]:
+    """Return a message of one frame, and the digest of its payload."""
     message = wire.unpack(frame.payload, wire.Message)
-    if wire.seal(message.topic, message.body, message.kind, blake3(message.payload).digest()) != message.seal:
+    digest = blake3(message.payload).digest()
+    if wire.seal(message.topic, message.body, message.kind, digest) != message.seal:
         raise ProtocolError(f"message {message.topic!r} does not match its digest")
-    return message
+    return message, digest

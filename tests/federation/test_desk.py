@@ -18,7 +18,7 @@ from fedbio.federation import FLModel, Result, Task
 from fedbio.federation.acceptance import Expectation
 from fedbio.federation.desk import Desk
 from fedbio.federation.messages import Join
-from fedbio.federation.model import decode
+from fedbio.federation.model import Status, decode
 from fedbio.results import EventLog
 from fedbio.transport import MemorySink, ServerEndpoint, SiteEndpoint, Unencrypted
 
@@ -105,6 +105,48 @@ def test_answers_unasked_twice_or_late_are_refused(desk: Desk, mail: Mail, tmp_p
         ("site-1", "its task is not open"),
         ("site-1", "its task is not open"),
     ]
+
+
+def test_events_of_answers_name_the_job_also_when_they_come_late(desk: Desk, mail: Mail, tmp_path: Path) -> None:
+    for site in desk.expected:
+        desk.joined(site, Join(version="0"))
+    task = Task(name="train", model=FLModel(current_round=3), id="1", job="study")
+    thread, _ = ask(desk, task, ["site-1", "site-2"], min_responses=0)
+    mail.wait_for(2)
+    desk.answered(Result(task="1", site="site-1"), size=7, digest=b"\1" * 32)
+    desk.answered(Result(task="1", site="site-1"))
+    desk.answered(Result(task="1", site="site-2", status=Status.FAILED, reason="no room"))
+    thread.join(10)
+    desk.answered(Result(task="1", site="site-2"))
+    named = {"task": "train", "id": "1", "job": "study", "round": 3}
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    found = [
+        each for each in lines if "refused" in each["event"] or each["event"] in ("result accepted", "task failed")
+    ]
+    assert [each["event"] for each in found] == ["result accepted", "result refused", "task failed", "result refused"]
+    assert [{key: each[key] for key in named} for each in found] == [named] * 4
+    assert (found[0]["bytes"], found[0]["digest"], found[0]["weight"]) == (7, "01" * 32, None)
+
+
+def test_unreadable_answer_costs_its_site_that_task_and_no_other(desk: Desk, mail: Mail, tmp_path: Path) -> None:
+    for site in desk.expected:
+        desk.joined(site, Join(version="0"))
+    threads = [ask(desk, Task(name="train", model=FLModel(), id=name, job=name), ["site-1"]) for name in "ab"]
+    mail.wait_for(2)
+    desk.unreadable("site-1", "no tensors", "a")
+    desk.answered(Result(task="b", site="site-1"))
+    for thread, _ in threads:
+        thread.join(10)
+    assert "its result was refused: no tensors" in str(threads[0][1][0])
+    assert [each.site for each in threads[1][1][0]] == ["site-1"]
+    # where nobody can say which task it was, the site loses what it has
+    thread, found = ask(desk, Task(name="train", model=FLModel(), id="c", job="c"), ["site-1"])
+    mail.wait_for(3)
+    desk.unreadable("site-1", "no message")
+    thread.join(10)
+    assert "no message" in str(found[0])
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [each["job"] for each in lines if each["event"] == "result refused"] == ["a", "c"]
 
 
 def test_second_answer_to_an_open_task_is_refused(desk: Desk, mail: Mail, tmp_path: Path) -> None:
