@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["ANY_TENSORS", "Expectation"]
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -34,17 +34,29 @@ class Expectation:
         Whole models or differences; None takes either.
     delivery : Delivery
         Where the tensors must be; in a file their values were looked at while they came.
+    check : callable, optional
+        Given a result that is all this; raises a `FedbioError` if what it says may not count all the same.
     """
 
     manifest: Manifest | None = None
     weights: Mapping[str, int] | None = None
     params_type: ParamsType | None = ParamsType.FULL
     delivery: Delivery = IN_MEMORY
+    check: Callable[[Result], None] | None = None
 
     def problem(self, result: Result) -> str | None:
         """Return why `result` may not count, or None if it may. Failed and refused tasks pass: they claim nothing."""
         if result.status is not Status.DONE:
             return "a task that was not done carries tensors" if _tensors(result) else None
+        problem = self._mismatch(result)
+        if problem is None and self.check is not None:
+            try:
+                self.check(result)
+            except FedbioError as error:
+                return str(error)
+        return problem
+
+    def _mismatch(self, result: Result) -> str | None:
         model = result.model
         for name, value in model.metrics.items():
             if not math.isfinite(value):

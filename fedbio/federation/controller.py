@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Controller", "Runtime"]
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from fedbio.federation.state import State
 from fedbio.results import EventLog, PartyRecord
 from fedbio.settings import FederationLimits
 from fedbio.tensors.check import Manifest, manifest
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,6 +75,11 @@ class Runtime:
     outgoing: Chain = field(default_factory=Chain)
     incoming: Chain = field(default_factory=Chain)
 
+    def refused(self, site: str, task: str, reason: str, **details: Any) -> None:
+        """Note that what a site has said does not count; `details` are JSON values."""
+        log.warning("result refused job=%s site=%s task=%s reason=%s", self.job, site, task, reason)
+        self.events.write("result refused", job=self.job, site=site, task=task, reason=reason, **details)
+
 
 class Controller(ABC):
     """A federated computation, seen from the server.
@@ -117,6 +125,7 @@ class Controller(ABC):
         delivery: Delivery = IN_MEMORY,
         travel: Travel = EXACT,
         params_type: ParamsType | None = ParamsType.FULL,
+        check: Callable[[Result], None] | None = None,
         on_result: Callable[[Result], None] | None = None,
         missing: dict[str, str] | None = None,
     ) -> list[Result]:
@@ -144,6 +153,9 @@ class Controller(ABC):
             In which schemes the parameters of task and results travel; exact by default.
         params_type : ParamsType or None
             Whether results are whole models or differences; None takes either.
+        check : callable, optional
+            Given each result before it is accepted, on another thread; raises a `ProtocolError` if what it says cannot
+            be true. The result is refused then, and the task goes on.
         on_result : callable, optional
             Called with each accepted result as it comes, on this thread; what it raises ends the task.
         missing : dict of str to str, optional
@@ -173,7 +185,7 @@ class Controller(ABC):
         self.runtime.desk.ask(
             Task(name=task, model=sent, job=self.job, delivery=delivery),
             asked,
-            Expectation(manifest=expect, weights=weights, params_type=params_type, delivery=delivery),
+            Expectation(manifest=expect, weights=weights, params_type=params_type, delivery=delivery, check=check),
             min_responses=self.runtime.desk.needed(len(asked)) if min_responses is None else min_responses,
             deadline_s=self.runtime.limits.round_deadline_s if deadline_s is None else deadline_s,
             travel=travel,

@@ -116,7 +116,7 @@ BAD: dict[str, tuple[Callable[[FLModel, SiteContext], FLModel], str]] = {
     "fails": (fail, "its own data are refused"),
     "shape": (lambda *_: FLModel(params={"w": np.ones(2, np.float32)}, meta={WEIGHT: 5}), "expected float32 [3]"),
     "nan": (lambda *_: FLModel(params={"w": np.full(3, np.nan, np.float32)}, meta={WEIGHT: 5}), "not finite"),
-    "weight": (lambda m, _: FLModel(params=dict(m.params), meta={WEIGHT: 6}), "above the 5 proteins"),
+    "weight": (lambda m, _: FLModel(params=dict(m.params), meta={WEIGHT: 6}), "above the 5 examples"),
 }
 
 

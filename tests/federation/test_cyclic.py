@@ -218,7 +218,7 @@ def test_claimed_weight_is_held_against_what_the_site_registered(federation: Any
         {**{n: script() for n in SITES}, "site-3": script(train=boast)},
     )
     [skipped] = events(federation, "site skipped")
-    assert "above the 20 proteins" in skipped["reason"]
+    assert "above the 20 examples" in skipped["reason"]
     same(models(federation) / "last.safetensors", plain([("site-1", "site-2")])[-1])
 
 

@@ -92,7 +92,7 @@ BAD: dict[str, tuple[Callable[[FLModel], FLModel], str]] = {
         lambda m: msgspec.structs.replace(m, params_type=ParamsType.DIFF),
         "expected parameters of type FULL",
     ),
-    "huge weight": (lambda m: _with(m, **{WEIGHT: 10**12}), "above the 30 proteins"),
+    "huge weight": (lambda m: _with(m, **{WEIGHT: 10**12}), "above the 30 examples"),
     "negative weight": (lambda m: _with(m, **{WEIGHT: -3}), "not a positive number"),
     "nan weight": (lambda m: _with(m, **{WEIGHT: float("nan")}), "not a positive number"),
     "text as weight": (lambda m: _with(m, **{WEIGHT: "many"}), "not a positive number"),

@@ -13,10 +13,11 @@ import pytest
 
 from fedbio.errors import FederationError
 from fedbio.federation import Executor, FLModel, ParamsType, SiteContext, Task
-from fedbio.federation.model import WEIGHT
+from fedbio.federation.model import PARAMS, WEIGHT
 from fedbio.federation.workflows.script import DEPLOY, END, EVALUATE, EXAMPLES, INIT, TRAIN
 from fedbio.settings import JobsFile
 from fedbio.tensors import open_file, write_file
+from fedbio.transport import TensorPayload
 
 SITES = ("site-1", "site-2", "site-3")
 EXAMPLES_OF = {"site-1": 10, "site-2": 20, "site-3": 30}
@@ -366,3 +367,37 @@ def test_file_mode_says_what_needs_memory(runs: Runs) -> None:
         runs.jobs(aggregation="file", model="m.safetensors", optimizer={"name": "adam"})
     with pytest.raises(ValueError, match="needs model"):
         runs.jobs(aggregation="file")
+
+
+def test_metric_that_no_site_reports_is_said_after_the_first_round(
+    runs: Runs, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs.run(rounds=2, selection={"metric": "acuracy"})
+    [said] = runs.events("metric missing")
+    assert (said["job"], said["metric"]) == ("fedavg", "acuracy")
+    assert "no site reports 'acuracy'; reported: accuracy; did you mean 'accuracy'" in said["reason"]
+    assert said["reason"] in caplog.text
+
+
+def test_metric_that_sites_report_is_not_said_to_be_missing(runs: Runs) -> None:
+    runs.run(rounds=1)
+    assert runs.events("metric missing") == []
+
+
+def test_audit_log_has_job_bytes_and_digest_of_every_result_and_model(runs: Runs) -> None:
+    last = runs.run(rounds=2)
+    accepted = runs.events("result accepted")
+    assert {each["job"] for each in accepted} == {"fedavg"}
+    trained = [each for each in accepted if each["task"] == TRAIN]
+    assert sorted((each["round"], each["site"], each["weight"]) for each in trained) == [
+        (number, site, EXAMPLES_OF[site]) for number in range(2) for site in SITES
+    ]
+    for site in SITES:
+        sent = (runs.federation.folder / site / "events.jsonl").read_text().splitlines()
+        left = [each["bytes"] for each in map(json.loads, sent) if each.get("topic") == "result"]
+        assert sum(left) == sum(each["bytes"] for each in accepted if each["site"] == site)
+    assert all(len(each["digest"]) == 64 for each in trained)
+    # the model that was tried last is the one that is published
+    [closed] = [each for each in runs.events("task closed") if each["task"] == EVALUATE]
+    payload = TensorPayload({PARAMS + name: value for name, value in last.items()})
+    assert closed["digest"] == payload.digest().hex()

@@ -295,7 +295,7 @@ class InLockstep(Aggregation):
         )
         note(done)
         for site, reason in done.faults.items():
-            self.runtime.events.write("result refused", site=site, task=done.exchange.id, reason=reason)
+            self.runtime.refused(site, "exchange", reason, id=done.exchange.id, round=number)
 
 
 def make_aggregation(kind: str, runtime: Runtime, run: str) -> Aggregation:

@@ -34,6 +34,7 @@ from fedbio.federation.workflows.study import (
     read_meta,
     study_folder,
 )
+from fedbio.federation.workflows.study_checks import alone_answer, description_answer, evaluation_answer, of_most
 from fedbio.federation.workflows.study_metrics import CURVE, alone_rows, curve_rows, test_rows
 from fedbio.progress import Progress as ProgressLine
 from fedbio.results import (
@@ -114,8 +115,14 @@ class Classify(Controller):
         if new:
             # a late site may fail without harm to the others
             least = 0 if self.descriptions else self.runtime.desk.needed(len(new))
-            results = self.broadcast_and_wait("describe", FLModel(meta=meta(self.study)), new, min_responses=least)
-            self.descriptions |= {each.site: read_meta(each.model.meta, Description) for each in results}
+            results = self.broadcast_and_wait(
+                "describe",
+                FLModel(meta=meta(self.study)),
+                new,
+                min_responses=least,
+                check=description_answer(self.study.classes),
+            )
+            self.enroll({each.site: read_meta(each.model.meta, Description) for each in results})
             self.state.note(self.job, "descriptions", self.descriptions)
         self.encoder = self.common_encoder()
         if problem := input_problem(self.training.mlps, self.encoder.pooling):
@@ -123,6 +130,24 @@ class Classify(Controller):
         record = self.record
         record.classes, record.encoder = list(self.study.classes), self.encoder
         record.federation = {site: self.descriptions[site].counts for site in sorted(self.descriptions)}
+
+    def enroll(self, told: Mapping[str, Description]) -> None:
+        """Take sites in, but for those whose embeddings are of another encoder than the study's.
+
+        The study's is that of the sites that are in it. Before there are any it is that of most sites, if they are more
+        than the half and enough for a round; else nobody can say who is right, and all are taken in.
+        """
+        everybody = {**told, **self.descriptions}
+        most = of_most(self.descriptions or everybody)
+        enough = 2 * len(most) > len(everybody) and len(most) >= self.runtime.desk.needed(len(everybody))
+        decided = bool(self.descriptions) or enough
+        for site, each in told.items():
+            fields = [name for name in everybody[most[0]].encoder.differing(each.encoder) if name != "dtype"]
+            if fields and decided:
+                reason = f"its embeddings differ in {', '.join(fields)} from those of {most[0]}; embed again"
+                self.runtime.refused(site, "describe", reason)
+            else:
+                self.descriptions[site] = each
 
     def common_encoder(self) -> EncoderInfo:
         """Return the encoder of all sites' embeddings; arithmetic may differ between machines, all else may not."""
@@ -192,14 +217,18 @@ class Classify(Controller):
 
     def train_alone(self, spec: RunSpec) -> None:
         """Have every site train by itself with the same budget, and note its curve and its test metrics."""
-        for result in self.broadcast_and_wait("train_alone", self.task(spec), self.enrolled()):
+        for result in self.broadcast_and_wait(
+            "train_alone", self.task(spec), self.enrolled(), check=alone_answer(spec)
+        ):
             rows = alone_rows(spec, result.site, read_meta(result.model.meta, Alone))
             self.state.add_metrics(self.job, rows)
 
     def evaluate(self, spec: RunSpec, outcome: Outcome) -> None:
         """Have every site try the best global model on its test proteins, and note the metrics over all of them."""
         sites = outcome.models.reach(outcome.model, self.enrolled())
-        results = self.broadcast_and_wait("evaluate", self.task(spec, outcome), sites)
+        results = self.broadcast_and_wait(
+            "evaluate", self.task(spec, outcome), sites, check=evaluation_answer(len(self.study.classes))
+        )
         evaluations = [read_meta(each.model.meta, Evaluation) for each in results]
         self.state.add_metrics(self.job, test_rows(spec, FEDERATED, outcome.best_round, evaluations))
         confidence = np.sum([each.confidence for each in evaluations if each.confidence], axis=0)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 __all__ = ["Deployment"]
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from fedbio.errors import FederationError, SettingsError, TransportError
+from fedbio.errors import FederationError, ProtocolError, SettingsError
 from fedbio.federation.controller import Controller
 from fedbio.federation.messages import FileHeader
-from fedbio.federation.model import FLModel
+from fedbio.federation.model import FLModel, Result
+from fedbio.federation.open_task import is_own_reason
+from fedbio.federation.workflows.counting import MAX_COUNT
 from fedbio.federation.workflows.script import DEPLOY, END, EXAMPLES, ClientSpec, CodeFile
+from fedbio.federation.workflows.streaming import stream_files
 from fedbio.federation.workflows.study import meta
 from fedbio.files import sha256_file
 from fedbio.settings_jobs import CustomJob, ScriptJob
 
 CODE = "code"
 """What a script is in the ledger of what the server sends."""
-
-RETRY_S = 1.0
-"""Seconds between two attempts to stream a file to a site whose connection broke."""
 
 
 class Deployment:
@@ -60,10 +59,15 @@ class Deployment:
             rounds=rounds,
         )
         self.examples: dict[str, int] = self.runtime.state.noted(controller.job, EXAMPLES, dict[str, int]) or {}
-        self._arrivals: dict[str, int] = {}
+        # by the process that has taken the script, or said that it will not: the next one is given it again
+        self._taken: dict[str, int] = {}
+        self._declined: dict[str, int] = {}
 
     def sites(self) -> list[str]:
-        """Return the sites that are here and have the script; those that came since the last call are given it.
+        """Return the sites that are here and have the script; those that have not answered yet are given it.
+
+        A site that was away, or too late, or registered nonsense is given it with the next call; one that has refused
+        or failed is when its next process has come.
 
         Raises
         ------
@@ -72,43 +76,40 @@ class Deployment:
         """
         here = self.controller.sites()
         arrivals = {site: self.runtime.desk.arrivals(site) for site in here}
-        new = [site for site in here if self._arrivals.get(site) != arrivals[site]]
+        having = [site for site in here if self._taken.get(site) == arrivals[site]]
+        new = [site for site in here if site not in having and self._declined.get(site) != arrivals[site]]
         if new:
-            self._deploy(new, least=max(0, self.runtime.desk.needed(len(here)) - (len(here) - len(new))))
-            self._arrivals |= {site: arrivals[site] for site in new}
-        return [site for site in here if self.examples.get(site)]
+            self._deploy(new, arrivals, least=max(0, self.runtime.desk.needed(len(here)) - len(having)))
+        return [site for site in here if self._taken.get(site) == arrivals[site] and self.examples.get(site)]
 
     def end(self) -> None:
-        """Tell the scripts that there is no more to do."""
-        here = [site for site in self.controller.sites() if site in self.examples]
+        """Tell the scripts of the sites that are here that there is no more to do; one that has left needs no word."""
+        here = [site for site in self.runtime.desk.sites(self.controller.job) if site in self.examples]
         self.controller.broadcast_and_wait(END, FLModel(meta=meta(self.spec)), here, min_responses=0)
 
-    def _deploy(self, sites: Sequence[str], *, least: int) -> None:
-        reached = [site for site in sites if self._stream_to(site)]
+    def _deploy(self, sites: Sequence[str], arrivals: Mapping[str, int], *, least: int) -> None:
+        files = [
+            (self.paths[each.name], FileHeader(self.spec.group, each.name, each.sha256)) for each in self.spec.files
+        ]
+        missing = stream_files(self.controller, dict.fromkeys(sites, files), CODE)
+        reached = [site for site in sites if site not in missing]
+        if len(reached) < least:
+            raise FederationError(
+                f"job {self.controller.job}: {len(reached)} of {len(sites)} sites have got the script, {least} are "
+                "needed; " + "; ".join(f"{site}: {reason}" for site, reason in missing.items())
+            )
         model = FLModel(meta=meta(self.spec), total_rounds=self.spec.rounds)
         for result in self.controller.broadcast_and_wait(
-            DEPLOY, model, reached, min_responses=min(least, len(reached))
+            DEPLOY, model, reached, min_responses=least, check=_check_examples, missing=missing
         ):
-            count = result.model.meta.get(EXAMPLES)
-            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                raise FederationError(f"{result.site} registers {count!r} examples; expected a number")
             # what was registered first holds: a site cannot grow in the middle of a job
-            self.examples.setdefault(result.site, count)
+            self.examples.setdefault(result.site, result.model.meta[EXAMPLES])
+            self._taken[result.site] = arrivals[result.site]
+        self._declined |= {site: arrivals[site] for site, reason in missing.items() if is_own_reason(reason)}
         self.runtime.state.note(self.controller.job, EXAMPLES, self.examples)
 
-    def _stream_to(self, site: str) -> bool:
-        """Send a site the files; return False if it did not take them until the round's deadline."""
-        deadline = time.monotonic() + self.runtime.limits.round_deadline_s
-        for each in self.spec.files:
-            while True:
-                try:
-                    self.runtime.send_file(
-                        site, self.paths[each.name], FileHeader(self.spec.group, each.name, each.sha256), CODE
-                    )
-                    break
-                except TransportError as error:
-                    if time.monotonic() > deadline:
-                        self.runtime.events.write("code not sent", site=site, file=each.name, reason=str(error))
-                        return False
-                    time.sleep(RETRY_S)
-        return True
+
+def _check_examples(result: Result) -> None:
+    count = result.model.meta.get(EXAMPLES)
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MAX_COUNT:
+        raise ProtocolError(f"it registers {count!r:.100} examples; expected a number from 0 to {MAX_COUNT}")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 __all__ = ["Embed"]
 
-import time
 from pathlib import Path
 
 from fedbio.encoder_files import file_form, look_into
 from fedbio.encoder_names import KNOWN, find_encoder, named_path
-from fedbio.errors import FederationError, InputError, ProtocolError, SettingsError, TransportError
+from fedbio.errors import FederationError, InputError, SettingsError
 from fedbio.federation.controller import Controller, Runtime
 from fedbio.federation.job_files import PLAIN_NAME
 from fedbio.federation.messages import FileHeader
 from fedbio.federation.model import FLModel
+from fedbio.federation.workflows.streaming import stream_files
 from fedbio.federation.workflows.study import Embedded, EmbedSpec, WeightsFile, meta, read_meta
+from fedbio.federation.workflows.study_checks import embedded_answer, weights_answer
 from fedbio.files import sha256_file
 from fedbio.settings import EmbedJob
+
+QUESTIONS = 4
+"""How often a site is asked what it lacks: a file may be lost once, a site that never keeps one is left out."""
 
 
 class Embed(Controller):
@@ -40,9 +44,13 @@ class Embed(Controller):
             classes=self.classes,
             files=tuple(WeightsFile(path.name, sha256_file(path), path.stat().st_size) for path in files),
         )
+        sites = list(self.sites())
+        least = self.runtime.desk.needed(len(sites))
         if files:
-            self.supply(spec, files)
-        results = self.broadcast_and_wait("embed", FLModel(meta=meta(spec)))
+            sites = self.supply(spec, files, sites, least)
+        results = self.broadcast_and_wait(
+            "embed", FLModel(meta=meta(spec)), sites, min_responses=least, check=embedded_answer
+        )
         embedded = {each.site: read_meta(each.model.meta, Embedded) for each in results}
         digests = {site: each.encoder.weights_sha256 for site, each in embedded.items()}
         if len(set(digests.values())) > 1:
@@ -53,32 +61,47 @@ class Embed(Controller):
             )
         self.runtime.record.encoder = next(iter(embedded.values())).encoder
 
-    def supply(self, spec: EmbedSpec, files: list[Path]) -> None:
-        """Ask who lacks which file of the encoder, stream it there, and ask again until nobody lacks any."""
-        by_sha256 = {each.sha256: path for each, path in zip(spec.files, files, strict=True)}
-        while lacking := [
-            (result.site, sha256)
-            for result in self.broadcast_and_wait("weights", FLModel(meta=meta(spec)))
-            for sha256 in result.model.meta.get("missing", [])
-        ]:
-            for site, sha256 in lacking:
-                if sha256 not in by_sha256:
-                    raise ProtocolError(f"{site} asks for a file {sha256!r} that is no part of the encoder")
-                path = by_sha256[sha256]
-                self.stream(site, path, FileHeader(spec.group, path.name, sha256))
+    def supply(self, spec: EmbedSpec, files: list[Path], sites: list[str], least: int) -> list[str]:
+        """Ask who lacks which file of the encoder, stream it there, and ask again; return the sites that lack none.
 
-    def stream(self, site: str, path: Path, header: FileHeader) -> None:
-        """Send one file, again if the connection breaks, until the round's deadline."""
-        deadline = time.monotonic() + self.runtime.limits.round_deadline_s
-        while True:
-            try:
-                self.runtime.send_file(site, path, header, "encoder")
-                self.runtime.events.write("file sent", site=site, file=header.name, sha256=header.sha256)
-                return
-            except TransportError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(1.0)
+        Raises
+        ------
+        FederationError
+            If there are fewer than `least` of them; names the others, and why.
+        """
+        by_sha256 = {each.sha256: path for each, path in zip(spec.files, files, strict=True)}
+        asked, complete, without = sites, list[str](), dict[str, str]()
+        for _ in range(QUESTIONS):
+            results = self.broadcast_and_wait(
+                "weights",
+                FLModel(meta=meta(spec)),
+                asked,
+                min_responses=max(0, least - len(complete)),
+                check=weights_answer(by_sha256.keys()),
+                missing=without,
+            )
+            lacking = {each.site: each.model.meta.get("missing", []) for each in results}
+            complete += [site for site, missing in lacking.items() if not missing]
+            wanted = {
+                site: [(by_sha256[each], FileHeader(spec.group, by_sha256[each].name, each)) for each in missing]
+                for site, missing in lacking.items()
+                if missing
+            }
+            if not wanted:
+                break
+            away = stream_files(self, wanted, "encoder")
+            without |= away
+            asked = [site for site in wanted if site not in away]
+        else:
+            for site in asked:
+                without[site] = "it lacks files that were sent to it, again and again"
+                self.runtime.refused(site, "weights", without[site])
+        if len(complete) < least:
+            raise FederationError(
+                f"job {self.job}: {len(complete)} sites have the encoder, {least} are needed; "
+                + "; ".join(f"{site}: {reason}" for site, reason in sorted(without.items()))
+            )
+        return sorted(complete)
 
 
 def encoder_files(name: str) -> list[Path]:

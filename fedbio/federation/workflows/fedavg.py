@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["FedAvg", "Outcome"]
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,11 @@ from fedbio.federation.model import IN_MEMORY, FLModel, Parameters, ParamsType, 
 from fedbio.federation.quantization import Travel
 from fedbio.federation.state import Progress
 from fedbio.federation.workflows.aggregation import Aggregation, Initial, make_aggregation
-from fedbio.federation.workflows.selection import is_better, mean_metric
+from fedbio.federation.workflows.selection import is_better, mean_metric, unreported
 from fedbio.settings import ModelSelection, Quantization
 from fedbio.tensors.check import Manifest
+
+log = logging.getLogger(__name__)
 
 EXACT = Quantization()
 
@@ -175,6 +178,8 @@ class FedAvg(Controller):
         means = self.means(results)
         best_round, best_value = self.progress.best_round, self.progress.best_value
         value = means.get(self.selection.metric)
+        if value is None and model.current_round == 0:
+            self.warn(unreported(self.selection.metric, means))
         if is_better(self.selection, value, best_value):
             best_round, best_value = model.current_round, value
         finished = model.current_round == self.rounds or model.current_round - best_round >= self.patience
@@ -183,6 +188,11 @@ class FedAvg(Controller):
             self.on_round(model.current_round, means)
         if finished:
             self.state.save(self.job, self.name, self.progress)
+
+    def warn(self, reason: str) -> None:
+        """Say what is wrong with the metrics, in the log and in that of the job."""
+        log.warning("job %s: %s: %s", self.job, self.name, reason)
+        self.runtime.events.write("metric missing", run=self.name, metric=self.selection.metric, reason=reason)
 
     def means(self, results: Sequence[Result]) -> dict[str, float]:
         """Average each metric over all proteins of the sites that measured it; the sites' registered counts hold."""

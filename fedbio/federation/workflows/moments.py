@@ -4,15 +4,16 @@ from __future__ import annotations
 
 __all__ = ["federated_standardizer", "federated_sums"]
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbio.errors import FederationError, ProtocolError
+from fedbio.errors import FederationError
 from fedbio.federation.controller import Controller
-from fedbio.federation.model import FLModel, Parameters
+from fedbio.federation.model import FLModel, Parameters, Result
 from fedbio.federation.workflows.study import MEAN, SCALE, Study, meta
+from fedbio.federation.workflows.study_checks import moments_answer
 from fedbio.results import EncoderInfo
 
 CONSTANT = 1e-5
@@ -26,10 +27,13 @@ def federated_sums(
     shapes: Mapping[str, tuple[int, ...]],
     counts: Mapping[str, int],
     sites: list[str],
+    *,
+    check: Callable[[Result], None] | None = None,
 ) -> tuple[int, dict[str, NDArray[np.float64]]]:
     """Have sites send float64 sums over their training proteins; return how many proteins, and the sums of all.
 
-    A site with too few proteins abstains. The order of addition is that of the sites' names.
+    A site with too few proteins abstains. The order of addition is that of the sites' names. `check` is that of
+    `Controller.broadcast_and_wait`.
 
     Raises
     ------
@@ -37,7 +41,7 @@ def federated_sums(
         If every site abstains.
     """
     expect = {name: (shape, np.dtype(np.float64)) for name, shape in shapes.items()}
-    results = controller.broadcast_and_wait(task, model, sites, expect=expect, weights=counts)
+    results = controller.broadcast_and_wait(task, model, sites, expect=expect, weights=counts, check=check)
     for abstained in (each.site for each in results if each.model.weight == 0):
         controller.runtime.record.remarks.append(
             f"{abstained} has too few training proteins and abstained from {task}."
@@ -57,24 +61,18 @@ def federated_standardizer(
 ) -> Parameters:
     """Return the mean and the scale of each feature, float32, shape (width,).
 
-    They are over proteins, or over residues if the embeddings are of these.
-
-    Raises
-    ------
-    ProtocolError
-        If the sites tell of more or fewer residues than their proteins can have.
+    They are over proteins, or over residues if the embeddings are of these. A site that tells of more or fewer residues
+    than its proteins can have is left out.
     """
     sites = [site for site in controller.sites() if site in counts]
     shapes: dict[str, tuple[int, ...]] = {"sum": (encoder.width,), "squares": (encoder.width,)}
     if encoder.pooling == "residues":
         shapes["count"] = (1,)
-    proteins, sums = federated_sums(controller, "moments", FLModel(meta=meta(study)), shapes, counts, sites)
+    proteins, sums = federated_sums(
+        controller, "moments", FLModel(meta=meta(study)), shapes, counts, sites,
+        check=moments_answer(study.attention_residues),
+    )  # fmt: skip
     count = float(sums["count"][0]) if "count" in sums else proteins
-    if not proteins <= count <= proteins * study.attention_residues:
-        raise ProtocolError(
-            f"{count:,.0f} residues of {proteins:,} proteins with at most {study.attention_residues:,} each; do all "
-            "parties run one release?"
-        )
     mean = sums["sum"] / count
     # float64: the difference of two nearly equal numbers; rounding may make it slightly negative
     mean_square = sums["squares"] / count

@@ -15,6 +15,7 @@ from fedbio.federation.controller import Controller, Runtime
 from fedbio.federation.model import FLModel, Parameters
 from fedbio.federation.workflows.moments import federated_standardizer, federated_sums
 from fedbio.federation.workflows.study import Description, Points, Sample, Study, meta, read_meta
+from fedbio.federation.workflows.study_checks import description_answer, of_most, points_answer, scatter_answer
 from fedbio.results import MAP_COLUMNS, MAP_FILE, MapPoint, write_table
 from fedbio.settings import ProjectionJob
 
@@ -35,10 +36,15 @@ class Projection(Controller):
         if not sites:
             return
         study = self.state.noted("", "study", Study) or Study()
-        described = self.broadcast_and_wait("describe", FLModel(meta=meta(study)), sites)
+        described = self.broadcast_and_wait(
+            "describe", FLModel(meta=meta(study)), sites, check=description_answer(study.classes)
+        )
         descriptions = {each.site: read_meta(each.model.meta, Description) for each in described}
-        counts = {site: each.total("train") for site, each in descriptions.items()}
-        encoder = next(iter(descriptions.values())).encoder
+        agreeing = of_most(descriptions)
+        for site in sorted(descriptions.keys() - set(agreeing)):
+            self.runtime.refused(site, "describe", "its embeddings are of another encoder than those of most sites")
+        counts = {site: descriptions[site].total("train") for site in agreeing}
+        encoder = descriptions[agreeing[0]].encoder
         standardizer = self.state.stored("", "standardizer") or federated_standardizer(self, study, encoder, counts)
         components = self.components(study, standardizer, encoder.whole_width, counts)
         points = self.project(study, {**standardizer, "components": components}, sorted(counts))
@@ -50,7 +56,9 @@ class Projection(Controller):
     ) -> NDArray[np.float32]:
         """Return the two directions of most variance of the standardized features, shape (width, 2)."""
         task = FLModel(params=standardizer, meta=meta(study))
-        count, sums = federated_sums(self, "scatter", task, {"products": (width, width)}, counts, sorted(counts))
+        count, sums = federated_sums(
+            self, "scatter", task, {"products": (width, width)}, counts, sorted(counts), check=scatter_answer
+        )
         # ascending eigenvalues; standardized features have mean zero
         _, vectors = np.linalg.eigh(sums["products"] / count)
         chosen = vectors[:, ::-1][:, :2]
@@ -62,7 +70,10 @@ class Projection(Controller):
     def project(self, study: Study, params: Parameters, sites: list[str]) -> list[MapPoint]:
         """Have each site place a sample of its proteins, and return the points of all."""
         results = self.broadcast_and_wait(
-            "project", FLModel(params=params, meta=meta(Sample(study, self.points))), sites
+            "project",
+            FLModel(params=params, meta=meta(Sample(study, self.points))),
+            sites,
+            check=points_answer(study.classes),
         )
         return [
             point._replace(site=each.site)

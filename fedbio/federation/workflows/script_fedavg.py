@@ -206,7 +206,7 @@ class ScriptFedAvg(FedAvg):
             return list(updates)
         outliers = norm_outliers(model.params, updates, self.settings.norm_bound)
         for each in outliers:
-            self.runtime.events.write("result refused", site=each.site, round=model.current_round, reason=each.reason)
+            self.runtime.refused(each.site, self.train, each.reason, round=model.current_round)
         named = {each.site for each in outliers}
         return [each for each in updates if each[0] not in named]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["is_better", "mean_metric"]
+__all__ = ["is_better", "mean_metric", "unreported"]
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 
 from fedbio.federation.model import Result
 from fedbio.settings import ModelSelection
@@ -28,6 +29,16 @@ def mean_metric(metric: str, results: Sequence[Result], counts: Mapping[str, int
     ]
     total = sum(count for _, count in measured)
     return sum(value * count for value, count in measured) / total if total else None
+
+
+def unreported(metric: str, reported: Collection[str]) -> str:
+    """Say that no site reports the metric by which the best model is chosen, and what sites do report."""
+    near = difflib.get_close_matches(metric, list(reported), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}" if near else ""
+    return (
+        f"no site reports {metric!r}; reported: {', '.join(sorted(reported)) or 'nothing'}{hint} (selection.metric); "
+        "as long as none does, each round counts as the best one, and patience ends nothing"
+    )
 
 
 def is_better(selection: ModelSelection, value: float | None, best: float | None) -> bool:

@@ -12,7 +12,6 @@ __all__ = ["STATISTICS_CSV", "STATISTICS_JSON", "Statistics"]
 
 import itertools
 import json
-import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,8 +23,6 @@ from fedbio.federation.workflows.study import meta, read_meta
 from fedbio.files import write_whole
 from fedbio.results import write_table
 from fedbio.settings_jobs import StatisticsJob
-
-log = logging.getLogger(__name__)
 
 STATISTICS_JSON, STATISTICS_CSV = "statistics.json", "statistics.csv"
 
@@ -79,8 +76,7 @@ class Statistics(Controller):
             counted = read_meta(result.model.meta, Counted)
             counted.check(self.spec)
         except ProtocolError as error:
-            log.warning("result refused site=%s task=%s reason=%s", result.site, COUNT, error)
-            self.runtime.events.write("result refused", site=result.site, task=result.task, reason=str(error))
+            self.runtime.refused(result.site, COUNT, str(error))
             return
         self.counted[result.site] = counted
         self.state.note(self.job, "counted", self.counted)
