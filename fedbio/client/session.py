@@ -83,7 +83,7 @@ class Session:
         self.initial_model: Callable[[], FLModel] | None = None
         """Makes the initial model, for a script that is asked for it while it waits for its first task."""
         self.measured: dict[str, Any] | None = None
-        """Metrics that shall go with the next model."""
+        """Metrics of the model at hand, which shall go with what it becomes."""
         self.evaluated = False
         """Whether the task that was received last is answered with metrics, and asks for no training."""
         self._ranks = ranks
@@ -154,7 +154,7 @@ class Session:
         if self._model is None and not self._over:
             task = self._next(timeout_s)
             if task is not None:
-                self._task, self.evaluated = task, False
+                self._task, self.evaluated, self.measured = task, False, None
                 self._model = to_script(task.model, self.form)
         return self._model
 

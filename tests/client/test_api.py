@@ -235,6 +235,27 @@ def test_functions_without_a_loop_wait_for_their_next_model(site: Site) -> None:
     assert [each.metrics for each in site.finish()] == [{"loss": 1}, {"loss": 2}]
 
 
+def test_metrics_go_with_no_other_model_than_the_one_that_was_measured(site: Site) -> None:
+    def script() -> None:
+        flare.init()
+        measure()
+        flare.send(flare.FLModel(params=PARAMS))
+        train()
+
+    @flare.train
+    def train(model: Any = None) -> flare.FLModel:
+        return flare.FLModel(params=model.params)
+
+    @flare.evaluate
+    def measure(model: Any = None) -> float:
+        return 0.5
+
+    for _ in range(2):
+        site.give("train", params=PARAMS)
+    site.run(script)
+    assert [each.metrics for each in site.finish()] == [{}, {}]
+
+
 @pytest.mark.parametrize("number", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5)])
 def test_single_number_is_the_metric_that_chooses_the_best_model(site: Site, number: Any) -> None:
     def script() -> None:
