@@ -97,7 +97,9 @@ def test_a_site_that_claims_too_few_or_too_many_residues_is_not_believed(study: 
             return found
 
     executors["moments"] = Liar(honest.shelf)
-    with pytest.raises(ProtocolError, match=r"residues of \d+ proteins with at most 150 each"):
+    with pytest.raises(
+        FederationError, match=r"site-2: its result was refused: .*residues of \d+ proteins with at most 150"
+    ):
         study.run(study.jobs(embed=False, **TRAINING), executors={"site-2": executors})
 
 
