@@ -97,9 +97,8 @@ def test_a_site_that_claims_too_few_or_too_many_residues_is_not_believed(study: 
             return found
 
     executors["moments"] = Liar(honest.shelf)
-    with pytest.raises(
-        FederationError, match=r"site-2: its result was refused: .*residues of \d+ proteins with at most 150"
-    ):
+    refused = r"site-2: its result was refused: .*residues of \d+ proteins with at most 150 each"
+    with pytest.raises(FederationError, match=refused):
         study.run(study.jobs(embed=False, **TRAINING), executors={"site-2": executors})
 
 
