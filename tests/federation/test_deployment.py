@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +14,7 @@ from fedbio.federation import FLModel, SiteContext
 from fedbio.federation.controller import Controller
 from fedbio.federation.messages import FileHeader
 from fedbio.federation.open_task import is_own_reason
-from fedbio.federation.workflows import streaming
+from fedbio.federation.workflows import deployment, streaming
 from fedbio.federation.workflows.deployment import Deployment
 from fedbio.federation.workflows.script import END, EXAMPLES, TRAIN
 from fedbio.federation.workflows.streaming import stream_files
@@ -73,6 +74,32 @@ def test_finished_job_does_not_wait_for_a_site_that_has_left(runs: Runs, monkeyp
     assert [each["job"] for each in runs.events("job done")] == ["fedavg"]
     ended = {site: runs.executors[site][END].rounds for site in ("site-1", "site-2", "site-3")}
     assert ended == {"site-1": [0], "site-2": [0], "site-3": []}
+
+
+def test_finished_job_does_not_wait_a_whole_round_for_a_script_to_end(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    end = Deployment.end
+
+    def ended(self: Deployment) -> None:
+        end(self)
+        over.set()
+
+    monkeypatch.setattr(deployment, "END_S", 0.2)
+    monkeypatch.setattr(Deployment, "end", ended)
+    waited: list[bool] = []
+
+    def late(model: FLModel, context: SiteContext) -> FLModel:
+        waited.append(over.wait(15))
+        return FLModel()
+
+    runs.executors["site-3"] = executors(end=late)
+    runs.run(rounds=1, federation={"round_deadline_s": 20})
+    assert waited == [True]
+    assert [each["missing"] for each in runs.events("task closed") if each["task"] == END] == [
+        {"site-3": "has not answered"}
+    ]
 
 
 def test_files_reach_the_others_while_sites_are_away_and_the_deadline_is_one(

@@ -21,6 +21,9 @@ from fedbio.settings_jobs import CustomJob, ScriptJob
 CODE = "code"
 """What a script is in the ledger of what the server sends."""
 
+END_S = 60.0
+"""Seconds that a job whose work is done waits for its scripts to end: a site gives them half of that."""
+
 
 class Deployment:
     """A job's script at its sites.
@@ -85,7 +88,10 @@ class Deployment:
     def end(self) -> None:
         """Tell the scripts of the sites that are here that there is no more to do; one that has left needs no word."""
         here = [site for site in self.runtime.desk.sites(self.controller.job) if site in self.examples]
-        self.controller.broadcast_and_wait(END, FLModel(meta=meta(self.spec)), here, min_responses=0)
+        deadline_s = min(END_S, self.runtime.limits.round_deadline_s)
+        self.controller.broadcast_and_wait(
+            END, FLModel(meta=meta(self.spec)), here, min_responses=0, deadline_s=deadline_s
+        )
 
     def _deploy(self, sites: Sequence[str], arrivals: Mapping[str, int], *, least: int) -> None:
         files = [
