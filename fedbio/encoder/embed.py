@@ -193,7 +193,10 @@ def _is_finished(target: Path, proteins: Source, info: EncoderInfo) -> bool:
 def _embed(target: Path, setup: Setup, proteins: Source, reuse: Path | None, label: str) -> tuple[int, int]:
     """Make the embeddings file; returns how many proteins were reused and how many sequences resumed."""
     if target.exists() and reuse is not None and not target.samefile(reuse):
-        raise DataError(f"{target}: holds the embeddings of other proteins; give another output, or delete this one")
+        raise DataError(
+            f"{target}: holds the embeddings of other proteins; give another output, or leave --reuse "
+            "out to bring this one up to date"
+        )
     with KnownRows(target if target.exists() else reuse, setup.info, proteins) as known:
         if target.exists():
             _check_update(target, proteins, known, asked=reuse is not None)
