@@ -267,3 +267,33 @@ def test_encoder_goes_to_the_others_where_one_site_asks_for_nonsense(
     assert (refused["site"], refused["task"], refused["job"]) == ("site-3", "weights", "embed")
     assert reason in refused["reason"]
     assert read_party(federation.folder / "server" / "party.json").encoder == ENCODER
+
+
+@pytest.mark.parametrize(("min_sites", "goes_on"), [(2, True), (3, False)])
+def test_site_that_has_embedded_with_other_weights_is_left_out_if_the_others_are_enough(
+    federation: Any, min_sites: int, goes_on: bool
+) -> None:
+    def site(name: str) -> Any:
+        encoder = msgspec.structs.replace(ENCODER, weights_sha256="1" * 64) if name == "site-1" else ENCODER
+        embedded = FLModel(meta=meta(Embedded(1, 2, 0, 0, 1.0, encoder)))
+        return federation.site(name, {"embed": _Fake("embed", "embed", lambda *_: embedded)}, allow=("embed",))
+
+    jobs = JobsFile.model_validate(
+        {
+            "jobs": [{"workflow": "embed", "encoder": {"name": "esm1nv-44m"}}],
+            "federation": {"min_sites": min_sites, "join_deadline_s": 20, "round_deadline_s": 20},
+        }
+    )
+    server = federation.start(federation.server(jobs))
+    sites = [federation.start(site(name)) for name in SITES]
+    if goes_on:
+        for each in (*sites, server):
+            each.result(30)
+        assert [(each["site"], each["task"]) for each in refusals(federation)] == [("site-1", "embed")]
+        assert read_party(federation.folder / "server" / "party.json").encoder == ENCODER
+        return
+    with pytest.raises(FederationError, match="different weights: site-1 111111111111, site-2 000000000000"):
+        server.result(30)
+    for each in sites:
+        with pytest.raises(FederationError):
+            each.result(30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Embed"]
 
+from collections import Counter
 from pathlib import Path
 
 from fedbio.encoder_files import file_form, look_into
@@ -53,13 +54,18 @@ class Embed(Controller):
         )
         embedded = {each.site: read_meta(each.model.meta, Embedded) for each in results}
         digests = {site: each.encoder.weights_sha256 for site, each in embedded.items()}
-        if len(set(digests.values())) > 1:
+        [(common, count)] = Counter(digests.values()).most_common(1)
+        different = [site for site, digest in digests.items() if digest != common]
+        if different and (2 * count <= len(digests) or count < least):
             raise FederationError(
                 f"job {self.job}: sites have used different weights: "
                 + ", ".join(f"{site} {digest[:12]}" for site, digest in digests.items())
                 + "; give all of them the same release and encoder"
             )
-        self.runtime.record.encoder = next(iter(embedded.values())).encoder
+        for site in different:
+            reason = f"it has used other weights ({digests[site][:12]}) than most sites ({common[:12]})"
+            self.runtime.refused(site, "embed", reason)
+        self.runtime.record.encoder = next(each.encoder for site, each in embedded.items() if site not in different)
 
     def supply(self, spec: EmbedSpec, files: list[Path], sites: list[str], least: int) -> list[str]:
         """Ask who lacks which file of the encoder, stream it there, and ask again; return the sites that lack none.
