@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from fedbio.errors import MachineError, PeerUnreachable, RefusedError, TransportError
 from fedbio.transport import (
@@ -130,12 +131,17 @@ def test_messages_go_both_ways_under_the_names_in_the_certificates(federation: F
 def test_payload_of_any_size_arrives_as_it_left(federation: Federation, size: int, tmp_path: Path) -> None:
     content = np.random.default_rng(size).bytes(size)
     site = federation.site().start()
-    receipt = site.send("blob", b"body" * (size % 9), BlobPayload(content))
+    payload = BlobPayload(content)
+    assert payload.known_digest() is None
+    receipt = site.send("blob", b"body" * (size % 9), payload)
     assert receipt.bytes == 4 * (size % 9) + size
     message = received(federation.at_server)
     assert message.body == b"body" * (size % 9)
     assert message.payload is not None
     assert message.payload.size == size
+    # both ends know by which digest it was checked, and nobody reads it again for that
+    assert (message.size, message.digest) == (size, blake3(content).digest())
+    assert payload.known_digest() == message.digest
     message.payload.save(tmp_path / "saved")
     assert (tmp_path / "saved").read_bytes() == content
 
