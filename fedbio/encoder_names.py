@@ -29,7 +29,7 @@ from pathlib import Path
 
 from fedbio.errors import SettingsError
 
-DEFAULT_ENCODER = "esm1nv-44m"
+DEFAULT_ENCODER = "esm1nv-mini"
 """The encoder of settings and commands that name none."""
 
 PACKAGED = Path(__file__).parent / "encoders"

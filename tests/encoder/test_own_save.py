@@ -275,4 +275,6 @@ def test_the_default_encoder_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("FEDBIO_ENCODERS", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     name = encoder_names.DEFAULT_ENCODER
-    assert read_encoder(name).config.name == name
+    loaded = read_encoder(name)
+    assert (loaded.config.name, loaded.config.trained) == (name, True)
+    assert loaded.path == encoder_names.PACKAGED / name
