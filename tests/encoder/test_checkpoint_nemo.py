@@ -242,7 +242,7 @@ def test_an_archive_becomes_our_folder_and_hugging_faces(tmp_path: Path) -> None
         ("kv_channels: 16", r"kv_channels is 16"),
         ("ffn_hidden_size: 95", r"h_to_4h\.weight': expected .* \[95, 32\], found float32 of shape \[96, 32\]"),
         ("  bad: [", r"not valid YAML"),
-        ("  bad: [&a x, *a]", r"not valid YAML \(aliases are not read\)"),
+        ("bad: [&a x, *a]", r"not valid YAML \(aliases are not read\)"),
     ],
 )  # fmt: skip
 def test_what_is_not_esm1nv_is_refused(tmp_path: Path, line: str, message: str) -> None:

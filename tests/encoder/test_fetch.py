@@ -134,4 +134,5 @@ def test_the_command_fetches_into_the_cache_of_the_environment(
     assert main(["encoder", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert listed["cache"] == str(tmp_path)
-    assert [each["name"] for each in listed["encoders"] if each["path"]] == [NAME]
+    here = [each["name"] for each in listed["encoders"] if (each["path"] or "").startswith(str(tmp_path))]
+    assert here == [NAME]

@@ -118,6 +118,6 @@ def test_the_manuals_commands_lead_from_proteins_to_a_measured_encoder(tmp_path:
             widths[pooling] = store.info.width
     assert widths["ends"] > widths["mean"] == 32
     choice, measured = [json.loads(each.splitlines()[-1]) for call, each in said.items() if "scl_probe" in call]
-    assert {each["features"] for each in choice["results"]} == {"mean", "ends"}
+    assert {each["features"] for each in choice["results"]} == {"mean", "ends", "cut"}
     assert {each.get("model") for each in measured["results"]} >= {"federated MLP", "boosted trees"}
     assert measured["embeddings"]["ends"]["weights_sha256"] == account["weights_sha256"]
