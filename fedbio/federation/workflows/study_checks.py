@@ -49,7 +49,7 @@ def description_answer(classes: Collection[str]) -> Check:
             if unknown := sorted(counts.keys() - set(classes)):
                 raise ProtocolError(f"it counts proteins of {unknown[0]!r}, which is no class of this study")
             _check_counts(counts.values())
-        if not (1 <= said.encoder.whole_width and said.encoder.width <= MAX_WIDTH):
+        if not (said.encoder.whole_width >= 1 and said.encoder.width <= MAX_WIDTH):
             raise ProtocolError(f"embeddings of width {said.encoder.width}; expected 1 to {MAX_WIDTH:,}")
 
     return check
