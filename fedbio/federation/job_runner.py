@@ -32,6 +32,9 @@ from fedbio.settings import ClassifyJob
 
 log = logging.getLogger(__name__)
 
+SHOWN = 24
+"""The most sites that a line of the log names."""
+
 
 @dataclass(kw_only=True)
 class JobRunner:
@@ -61,7 +64,8 @@ class JobRunner:
         self.party.reopen()
         desk = JobDesk(self.desk, job, sites=entry.file.sites, min_sites=entry.file.federation.min_sites)
         sites = desk.wait_for_sites(deadline_s=entry.file.federation.join_deadline_s)
-        log.info("job begins job=%s sites=%s", job.name, ",".join(sites))
+        # of very many the line has their number, the event their names
+        log.info("job begins job=%s sites=%s", job.name, ",".join(sites) if len(sites) <= SHOWN else len(sites))
         self.party.events.write("job begins", job=job.name, sites=list(sites))
         self.tracking.begin(job.name, job.model_dump_json())
         self._controller(entry, desk).run()
