@@ -81,7 +81,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         raise SettingsError(f"dtype {name!r}: expected auto, float32, bfloat16 or int8")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    # PyTorch before 2.11 or so does not tell; then float32 is right everywhere
+    # an older PyTorch does not tell; then float32 is right everywhere
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 

@@ -113,7 +113,7 @@ PRESETS = {
             learning_rate=2e-3,
             warmup_steps=300,
             decay_share=0.2,
-            # twice the targets for the same arithmetic: what a short training gains by most (docs/pretraining.md)
+            # twice the targets for the same arithmetic; trials are in docs/pretraining.md
             mask_share=0.3,
         ),
     ),
