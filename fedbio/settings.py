@@ -242,6 +242,9 @@ class RunSettings(Section):
 WorkflowName = Literal[
     "embed", "classify", "projection", "fedavg", "cyclic", "evaluation", "swarm", "split", "statistics", "custom"
 ]
+MOST_LAST_LINES = 20
+"""The most of a failed script's last lines that a site tells."""
+
 CodeName = Annotated[str, text_form(PLAIN_FILE, PLAIN_FILE_WORDS)]
 
 
@@ -283,6 +286,9 @@ class SiteSettings(Section):
     code: Annotated[list[CodeName], AfterValidator(no_twins)] = []
     """Training scripts of the server that may run here: each the name of a file beside this one that you have read, its
     SHA-256, or any for whatever comes. None runs unless it is named."""
+    last_lines: Annotated[int, Field(ge=0, le=MOST_LAST_LINES)] = 0
+    """How many of the last lines that a failed script has written here go to the server with its error, beside the last
+    line of its exception; whatever it has printed may stand in them. This site's log has them in any case."""
     examples: Annotated[int, Field(ge=1)] | None = None
     """How many examples this site registers for the jobs of training scripts; null counts its proteins."""
     min_count: Annotated[int, Field(ge=1)] = 5

@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         max_rounds=settings.max_rounds,
         code=settings.code,
         min_count=settings.min_count,
+        last_lines=settings.last_lines,
         files={Path(entry).name: sha256_file(entry) for entry in args.code if Path(entry).is_file()},
     )
     Site(

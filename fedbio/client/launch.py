@@ -33,7 +33,7 @@ READ_BYTES = 64 << 10
 """Bytes at the end of a script's log that are looked at for its last lines."""
 
 SHOWN_CHARACTERS = 300
-"""Characters of an exception's message that others may see."""
+"""Characters of a line that others may see."""
 
 LOOK_EVERY_S = 0.05
 """Seconds between two looks at whether a script that is waited for has ended."""

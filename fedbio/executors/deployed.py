@@ -20,7 +20,16 @@ import msgspec
 
 from fedbio.client.host import Answered, Event, Host, QueueHost, Rejected, SocketHost, Taken
 from fedbio.client.initial import answer_with_initial
-from fedbio.client.launch import Ending, Run, RunningProcess, RunningThread, as_program, process_command, run_in_thread
+from fedbio.client.launch import (
+    SHOWN_CHARACTERS,
+    Ending,
+    Run,
+    RunningProcess,
+    RunningThread,
+    as_program,
+    process_command,
+    run_in_thread,
+)
 from fedbio.client.link import INITIAL
 from fedbio.client.turns import OwnState
 from fedbio.errors import DataError, FederationError
@@ -42,8 +51,8 @@ _TORCH = re.compile(rb"^\s*(import|from)\s+(torch|lightning|pytorch_lightning|tr
 class _Conversation:
     """One run of a script, and the connection to it."""
 
-    def __init__(self, own: OwnState) -> None:
-        self.own = own
+    def __init__(self, own: OwnState, last_lines: int) -> None:
+        self.own, self.last_lines = own, last_lines
         self.events: queue.SimpleQueue[Event | Ending | None] = queue.SimpleQueue()
         self.ending: Ending | None = None
         self.stopped = False
@@ -80,8 +89,9 @@ class _Conversation:
     def _note(self, ending: Ending) -> None:
         self.ending = ending
         if ending.code:
-            lines = "\n".join(f"  {line}" for line in self.run.last_lines())
-            log.warning("the script %s while it had no task; it is started anew:\n%s", ending, lines)
+            log.warning(
+                "the script %s while it had no task; it is started anew:\n%s", ending, _block(self.run.last_lines())
+            )
 
     def ask(self, task: Task, idle_s: float, *, fresh: bool) -> FLModel | None:
         """Have the script do a task.
@@ -127,14 +137,21 @@ class _Conversation:
                 return event.result.model
 
     def failure(self, what: str) -> FederationError:
-        """Return the error of a script; its last lines stay in this site's log."""
+        """Return the error of a script; of its last lines in this site's log it has those that may leave."""
         shown, last = self.run.exception(), self.run.last_lines()
         if last == [shown]:
             # nothing but what the error says
             return FederationError(f"the script {what}: {shown}")
-        lines = "\n".join(f"  {line}" for line in last)
-        log.error("the script %s; its last lines (%s):\n%s", what, self.run.log, lines)
-        return FederationError(f"the script {what}{': ' if shown else ''}{shown}; the site's log has its last lines")
+        log.error("the script %s; its last lines (%s):\n%s", what, self.run.log, _block(last))
+        error = f"the script {what}{': ' if shown else ''}{shown}"
+        if not self.last_lines:
+            return FederationError(f"{error}; the site's log has its last lines")
+        told = [line[:SHOWN_CHARACTERS] for line in last[-self.last_lines :]]
+        return FederationError(f"{error}; its last lines:\n{_block(told)}")
+
+
+def _block(lines: list[str]) -> str:
+    return "\n".join(f"  {line}" for line in lines)
 
 
 class DeployedScript:
@@ -272,7 +289,7 @@ class DeployedScript:
 
     def _start(self, own: OwnState | None = None, *, initial: bool = False) -> _Conversation:
         self._folder.joinpath("files").mkdir(parents=True, exist_ok=True)
-        conversation = _Conversation(own or OwnState(self._code))
+        conversation = _Conversation(own or OwnState(self._code), self._context.policy.last_lines)
         about, path = self._about(), self._folder / "script.log"
         log.info("script started job=%s script=%s log=%s", self.job, self.spec.initial or self.spec.script, path)
         if self.spec.launch == "in_process":

@@ -32,6 +32,8 @@ class Policy:
         SHA-256 digests of the files that may run here, or `ANY`; nothing runs by default.
     min_count : int
         No count below it leaves the site with a job of statistics.
+    last_lines : int
+        How many of the last lines that a failed script has written go to the server.
     files : mapping of str to str
         SHA-256 digests in `code` by the name of the file that they were taken from.
     """
@@ -40,6 +42,7 @@ class Policy:
     max_rounds: int | None = None
     code: frozenset[str] = frozenset()
     min_count: int = 1
+    last_lines: int = 0
     files: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @classmethod
@@ -51,6 +54,7 @@ class Policy:
         max_rounds: int | None,
         code: Iterable[str],
         min_count: int = 1,
+        last_lines: int = 0,
         files: Mapping[str, str] | None = None,
     ) -> Self:
         """Return the rules of a site's settings; a file in `folder` that they name stands for its present content.
@@ -75,7 +79,14 @@ class Policy:
                     f"code: there is no file {entry} in {folder}; give the name of a file there, a SHA-256 of 64 "
                     f"hexadecimal digits, or {ANY}"
                 )
-        return cls(None if workflows is None else tuple(workflows), max_rounds, frozenset(digests), min_count, known)
+        return cls(
+            workflows=None if workflows is None else tuple(workflows),
+            max_rounds=max_rounds,
+            code=frozenset(digests),
+            min_count=min_count,
+            last_lines=last_lines,
+            files=known,
+        )
 
     def allows_code(self, sha256: str, name: str) -> bool:
         """Whether a file may run here; `name` is only what the server calls it, its content decides."""

@@ -46,7 +46,7 @@ from fedbio.federation.pool_messages import (
 )
 from fedbio.federation.pool_post import Link, Post
 from fedbio.federation.site import LIBRARIES, Site
-from fedbio.settings import KitFile, load
+from fedbio.settings import MOST_LAST_LINES, KitFile, load
 from fedbio.transport import Credentials, Presence, Received
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,9 @@ class _Players:
         self._connection, self._orders = connection, orders
         self._post = Post(connection, orders)
         self._make_executors = _named(orders.executors)
-        self._policy = Policy.read(Path(), workflows=None, max_rounds=None, code=orders.code)
+        self._policy = Policy.read(
+            Path(), workflows=None, max_rounds=None, code=orders.code, last_lines=MOST_LAST_LINES
+        )
         self._seats: dict[str, _Seat] = {}
         self._resident: collections.OrderedDict[str, _Seat] = collections.OrderedDict()
         self._mail: queue.SimpleQueue[str] = queue.SimpleQueue()

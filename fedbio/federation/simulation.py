@@ -27,7 +27,7 @@ from fedbio.files import write_whole
 from fedbio.nursery import NURSERY, nursery, preloadable
 from fedbio.provision import provision
 from fedbio.results import PARTY_FILE, read_party
-from fedbio.settings import FederationFile, JobsFile, ServerParty, TaskKind, Transport
+from fedbio.settings import MOST_LAST_LINES, FederationFile, JobsFile, ServerParty, TaskKind, Transport
 from fedbio.settings_jobs import ScriptJob
 from fedbio.settings_parts import DRIVER
 
@@ -156,7 +156,7 @@ def _supervise(what: Simulation, run: Path, kits: Path, address: str) -> None:
         arguments += ["--code", "any"] if "code" in what.allow else []
         arguments += ["--synthetic"] if what.synthetic else []
         # whoever plays all parties knows all proteins
-        arguments += ["--set", "min_count=1"]
+        arguments += ["--set", "min_count=1", "--set", f"last_lines={MOST_LAST_LINES}"]
         arguments += same
         processes.append(_process(site, run, arguments))
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from fedbio.errors import DataError, FedbioError, FederationError, ProtocolError
 from fedbio.executors import deployed, registry
 from fedbio.executors.script import Deploy, InitializeScript, Scripts, count_examples
 from fedbio.federation import FLModel, ParamsType, Task
-from fedbio.federation.policy import Policy
+from fedbio.federation.policy import ANY, Policy
 from fedbio.federation.workflows.study import meta
 
 from .conftest import LOOP, ScriptSite, alive, make_context, wait_until
@@ -209,6 +210,23 @@ def test_crash_is_the_tasks_failure_with_the_exceptions_last_line(
     assert "raise ValueError" in caplog.text
     # the next task starts it anew
     assert site.train(FLModel(params=ONES.params, current_round=2)).params.keys() == {"w"}
+
+
+@BOTH
+def test_last_lines_of_a_crash_reach_the_server_if_the_operator_lets_them(site: ScriptSite, launch: str) -> None:
+    site.context = dataclasses.replace(site.context, policy=Policy(code=frozenset({ANY}), last_lines=3))
+    lines = "    for number in range(9): print('protein', number, 400 * '!', flush=True)\n"
+    site.deploy(LOOP + lines + "    raise ValueError('the learning rate is no number')\n", launch=launch)
+    with pytest.raises(FederationError) as caught:
+        site.train(ONES)
+    first, *told = str(caught.value).splitlines()
+    assert first == (
+        "the script ended with exit code 1 before it had answered: ValueError: the learning rate is no number; "
+        "its last lines:"
+    )
+    assert len(told) == 3
+    assert told[-1] == "  ValueError: the learning rate is no number"
+    assert all(len(line) <= 302 for line in told)
 
 
 def test_script_that_python_cannot_read_is_the_tasks_failure(site: ScriptSite) -> None:

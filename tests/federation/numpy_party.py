@@ -9,11 +9,12 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import fedbio.federation.workflows.script_fedavg as workflow
 from fedbio.federation import Executor, FLModel, Server, Site, SiteContext, Task
@@ -21,7 +22,8 @@ from fedbio.federation.model import WEIGHT
 from fedbio.federation.state import State
 from fedbio.federation.workflows.script import DEPLOY, END, EVALUATE, EXAMPLES, INIT, TRAIN
 from fedbio.settings import JobsFile, KitFile, load
-from fedbio.transport import Credentials, SiteEndpoint, TensorPayload
+from fedbio.tensors.combine import BlockMean
+from fedbio.transport import Credentials, ServerEndpoint, SiteEndpoint, TensorPayload
 
 WIDTH = 600_000
 """Numbers in the model: its 2.4 MB travel in several chunks."""
@@ -86,6 +88,29 @@ class Point:
 
         setattr(owner, name, wrapped)
 
+    def in_aggregation(self) -> None:
+        """Come by when half of a mean is there."""
+        inner = BlockMean.__call__
+
+        def halves(mean: BlockMean, runs: Sequence[NDArray[Any]], out: NDArray[Any]) -> None:
+            half = len(out) // 2
+            inner(mean, [run[:half] for run in runs], out[:half])
+            self.pass_by("in aggregation")
+            inner(mean, [run[half:] for run in runs], out[half:])
+
+        BlockMean.__call__ = halves  # type: ignore[method-assign]
+
+    def in_saves(self) -> None:
+        """Come by when the file of a model is written, and has not got its name."""
+        inner = os.replace
+
+        def replace(source: Any, target: Any) -> None:
+            if Path(target).suffix == ".safetensors":
+                self.pass_by("in save")
+            inner(source, target)
+
+        os.replace = replace  # type: ignore[assignment]
+
     def in_uploads(self) -> None:
         """Come by between the chunks of every model that leaves."""
         inner = TensorPayload.chunks
@@ -104,7 +129,10 @@ def main(name: str, folder: Path, address: str, point: Point) -> None:
     credentials = Credentials.from_kit(folder / "kits" / name)
     point.in_uploads()
     if name == "server":
+        point.in_aggregation()
+        point.in_saves()
         for place, owner, function in (
+            ("send", ServerEndpoint, "send"),
             ("aggregation", workflow.ScriptFedAvg, "aggregate"),
             ("save", State, "save"),
             ("optimizer", workflow.Beside, "save"),

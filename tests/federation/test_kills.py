@@ -26,13 +26,17 @@ ROUNDS = 4
 KILLS = 50
 
 POINTS = [
+    ("server", "before send:2"),
+    ("server", "after send:8"),
     ("server", "in send:2"),  # the task of round 0, on its way to the sites
     ("server", "in send:9"),
     ("server", "before aggregation:2"),
+    ("server", "in aggregation:2"),
     ("server", "after aggregation:2"),
     ("server", "before optimizer:3"),
     ("server", "after optimizer:3"),
     ("server", "before save:3"),
+    ("server", "in save:3"),
     ("server", "after store:3"),
     ("server", "after save:3"),
     ("site-2", "before task:3"),
