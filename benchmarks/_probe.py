@@ -7,11 +7,12 @@ __all__ = [
     "Parts",
     "Scores",
     "boosted_trees",
-    "central_mlp",
+    "central",
     "compositions",
     "interval",
     "logistic_regression",
     "score",
+    "vote",
 ]
 
 import os
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +33,11 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from fedbio.classifier import Standardizer, TrainData, predict, train_alone
+from fedbio.classifier.residues import Residues
 from fedbio.classifier.threads import torch_threads
 from fedbio.compartments import COMPARTMENTS
-from fedbio.settings import TrainingSettings, parse_hidden
+from fedbio.networks import parse_network
+from fedbio.settings import TrainingSettings
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 TERMINI = (10, 20, 40, 60)
@@ -47,6 +51,7 @@ feature."""
 
 Features = NDArray[np.float32]
 Classes = NDArray[np.int64]
+Shares = NDArray[np.floating]
 Scores = dict[str, NDArray[np.float64]]
 """Accuracy, macro F1 and MCC: the value, then that of each resample, shape (1 + `RESAMPLES`,)."""
 
@@ -80,11 +85,14 @@ class Fitted:
         Accuracy on validation proteins, mean over the runs.
     predicted : ndarray, shape (runs, test proteins), int64
         Classes of the test proteins.
+    shares : pair of ndarray, shape (proteins, classes), or None
+        Probabilities of the classes of validation and test proteins, mean over the runs; where they are known.
     """
 
     model: str
     validation: float
     predicted: Classes
+    shares: tuple[Shares, Shares] | None = None
 
 
 def compositions(sequences: Sequence[str]) -> Features:
@@ -151,16 +159,15 @@ def boosted_trees(features: Features, embedded: Features | None, parts: Parts) -
         features = np.hstack([features, _narrow(embedded, parts)])
     train, validation = parts.train, parts.validation
 
-    def fit(rate: float) -> tuple[float, Classes]:
+    def fit(rate: float) -> Fitted:
         trees = HistGradientBoostingClassifier(
             learning_rate=rate, max_iter=400, max_leaf_nodes=15, max_bins=63, l2_regularization=1.0,
             early_stopping=True, n_iter_no_change=15, random_state=0,
         )  # fmt: skip
         trees.fit(features[train], parts.targets[train], X_val=features[validation], y_val=parts.targets[validation])
-        return _accuracy(trees.predict(features[validation]), parts), trees.predict(features[parts.test])
+        return _fitted("boosted trees", trees, features, parts)
 
-    best, predicted = max(_side_by_side(fit, (0.05, 0.1)), key=lambda each: each[0])
-    return Fitted("boosted trees", best, predicted[None])
+    return max(_side_by_side(fit, (0.05, 0.1)), key=lambda each: each.validation)
 
 
 def _narrow(embedded: Features, parts: Parts) -> Features:
@@ -172,31 +179,44 @@ def _narrow(embedded: Features, parts: Parts) -> Features:
     return found
 
 
-def logistic_regression(features: Features, embedded: Features | None, parts: Parts) -> Fitted:
+def logistic_regression(features: Features, parts: Parts) -> Fitted:
     """Train a linear model; its penalty is chosen on validation."""
-    if embedded is not None:
-        features = np.hstack([features, embedded])
     features = StandardScaler().fit(features[parts.train]).transform(features)
 
-    def fit(strength: float) -> tuple[float, Classes]:
+    def fit(strength: float) -> Fitted:
         linear = LogisticRegression(C=strength, max_iter=200)
         linear.fit(features[parts.train], parts.targets[parts.train])
-        return _accuracy(linear.predict(features[parts.validation]), parts), linear.predict(features[parts.test])
+        return _fitted("logistic regression", linear, features, parts)
 
     with warnings.catch_warnings():
         # stopped before its optimum is one more way to be regular, and validation chooses
         warnings.simplefilter("ignore", ConvergenceWarning)
-        best, predicted = max(_side_by_side(fit, (0.003, 0.03, 0.3)), key=lambda each: each[0])
-    return Fitted("logistic regression", best, predicted[None])
+        return max(_side_by_side(fit, (0.0003, 0.003, 0.03, 0.3)), key=lambda each: each.validation)
 
 
-def _side_by_side(
-    fit: Callable[[float], tuple[float, Classes]], values: Sequence[float]
-) -> list[tuple[float, Classes]]:
+def _fitted(name: str, model: Any, features: Features, parts: Parts) -> Fitted:
+    def shares(rows: Classes) -> Shares:
+        # a class without a training protein is none that the model knows
+        found = np.zeros((len(rows), len(COMPARTMENTS)))
+        found[:, model.classes_] = model.predict_proba(features[rows])
+        return found
+
+    validation, test = shares(parts.validation), shares(parts.test)
+    return Fitted(name, _accuracy(validation, parts), test.argmax(axis=1)[None], (validation, test))
+
+
+def vote(models: Sequence[Fitted], parts: Parts) -> Fitted:
+    """Have kinds of models decide together, by the mean of their probabilities: each counts alike, nothing is tuned."""
+    shares = [each.shares for each in models if each.shares is not None]
+    validation, test = (np.mean([each[part] for each in shares], axis=0) for part in (0, 1))
+    return Fitted("vote of all", _accuracy(validation, parts), test.argmax(axis=1)[None], (validation, test))
+
+
+def _side_by_side(fit: Callable[[float], Fitted], values: Sequence[float]) -> list[Fitted]:
     """Fit with each value on a thread of its own: threads that share one fit wait for each other, eight times longer
     on a machine that does something else as well."""
 
-    def run(value: float) -> tuple[float, Classes]:
+    def run(value: float) -> Fitted:
         with threadpool_limits(1, user_api="openmp"):  # holds for one thread; that of BLAS for all
             return fit(value)
 
@@ -204,23 +224,25 @@ def _side_by_side(
         return list(pool.map(run, values))
 
 
-def _accuracy(predicted: Classes, parts: Parts) -> float:
-    return float((predicted == parts.targets[parts.validation]).mean())
+def _accuracy(validation: Shares, parts: Parts) -> float:
+    return float((validation.argmax(axis=1) == parts.targets[parts.validation]).mean())
 
 
-def central_mlp(features: Features, parts: Parts, training: TrainingSettings) -> Fitted:
-    """Train the first MLP of the settings on all training proteins, once a seed, as `fedbio train` does."""
+def central(features: Features | Residues, parts: Parts, training: TrainingSettings) -> Fitted:
+    """Train the first network of the settings on all training proteins, once a seed, as `fedbio train` does."""
+    network = parse_network(training.mlps[0])
     standardizer = Standardizer.fit(features[parts.train])
     train, validation = (
         TrainData(standardizer.apply(features[rows]), parts.targets[rows]) for rows in (parts.train, parts.validation)
     )
     test = standardizer.apply(features[parts.test])
 
-    def run(seed: int) -> tuple[float, Classes]:
+    def run(seed: int) -> tuple[float, Shares, Shares]:
         outcome = train_alone(
             train,
             validation,
-            hidden=parse_hidden(training.mlps[0]),
+            hidden=network.hidden,
+            attention=network.attention,
             classes=len(COMPARTMENTS),
             rounds=training.rounds,
             epochs_per_round=training.epochs,
@@ -232,8 +254,11 @@ def central_mlp(features: Features, parts: Parts, training: TrainingSettings) ->
             seed=seed,
         )
         accuracies = [point.validation_accuracy or 0.0 for point in outcome.curve]
-        return accuracies[outcome.best_round], predict(outcome.parameters, test).argmax(axis=1)
+        shares = [predict(outcome.parameters, each) for each in (validation.features, test)]
+        return accuracies[outcome.best_round], *shares
 
     with torch_threads(1), ThreadPoolExecutor(min(len(training.seeds), len(os.sched_getaffinity(0)))) as pool:
-        accuracies, predicted = zip(*pool.map(run, training.seeds), strict=True)
-    return Fitted("central MLP", float(np.mean(accuracies)), np.array(predicted))
+        accuracies, *runs = zip(*pool.map(run, training.seeds), strict=True)
+    shares = np.mean(runs[0], axis=0), np.mean(runs[1], axis=0)
+    name = "central MLP" if network.attention is None else "central light attention"
+    return Fitted(name, float(np.mean(accuracies)), np.argmax(runs[1], axis=2), shares)

@@ -5,7 +5,7 @@
 measures once on its test part:
 
 - composition features (amino acids, dipeptides, the amino acids of terminal windows, the length) with gradient-boosted
-  trees, with logistic regression and with an MLP;
+  trees, with logistic regression, with an MLP, and with the mean of the three's probabilities;
 - each embeddings file with the MLP, trained centrally with three seeds; for those named by ``--federated`` by three
   sites (Dirichlet, alpha 1) alone and together as well, in real processes over mutual TLS;
 - with ``--beside``, composition and embeddings together, with the same models as composition alone, and the paired
@@ -13,9 +13,10 @@ measures once on its test part:
 
 Accuracy (Q10), macro F1 and MCC, each with a 95 % bootstrap interval over test proteins, and the accuracy on
 validation, on which features may be chosen. With ``--meta`` everything is measured twice: with all rows, and without
-the training and validation rows that the table flags as relatives of test proteins. ``--central-only`` trains nothing
-but the central MLP and does not look at the test part: it is for choosing among features. A table for people comes
-before the last line. Results of the federated runs stay in ``results/probe-NAME``.
+the training and validation rows that the table flags as relatives of test proteins. ``--validation-only`` says what
+validation says of central models, and nothing of the test part: it is for choosing among features, and among models. A
+file with a row per residue goes with light attention (``--mlp la9x32-32``). A table for people comes before the last
+line. Results of the federated runs stay in ``results/probe-NAME``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,17 +44,20 @@ from _probe import (
     Parts,
     Scores,
     boosted_trees,
-    central_mlp,
+    central,
     compositions,
     logistic_regression,
     score,
+    vote,
 )
 from _probe_account import Account
 from _probe_sites import federation
 
-from fedbio.classifier.data import check_sequences
+from fedbio.classifier.data import check_sequences, load_features
+from fedbio.classifier.residues import Residues
 from fedbio.compartments import COMPARTMENTS
 from fedbio.embeddings import Embeddings, sequence_digest
+from fedbio.networks import input_problem
 from fedbio.proteins import Protein, read
 from fedbio.results import EncoderInfo
 from fedbio.settings import TrainingSettings
@@ -69,7 +74,7 @@ class Embedded:
 
     name: str
     path: Path
-    features: Features
+    features: Features | Residues
     info: EncoderInfo
 
 
@@ -78,7 +83,9 @@ class Probe:
 
     def __init__(self, args: argparse.Namespace, proteins: list[Protein], embedded: list[Embedded]) -> None:
         self.args, self.proteins, self.embedded = args, proteins, embedded
-        self.training = TrainingSettings(mlps=[args.mlp], seeds=args.seeds, rounds=args.rounds)
+        self.training = TrainingSettings(
+            mlps=[args.mlp], seeds=args.seeds, rounds=args.rounds, learning_rate=args.learning_rate
+        )
         self.composition = compositions([protein.sequence for protein in proteins])
         self.account = Account()
         self.counts: dict[str, dict[str, int]] = {}
@@ -87,7 +94,7 @@ class Probe:
         """Train and measure everything that was asked for with these rows."""
         args, account = self.args, self.account
         self.counts[rows] = {name: len(getattr(parts, name)) for name in ("train", "validation", "test")}
-        if args.central_only:
+        if args.validation_only:
             self._choose(rows, parts)
             return
         targets = parts.targets[parts.test]
@@ -122,22 +129,24 @@ class Probe:
             entry |= {"goal": 0.0, "met": entry["low"] > 0}
 
     def _choose(self, rows: str, parts: Parts) -> None:
-        """Say what validation says of the central MLP on each kind of features."""
-        kinds = {each.name: each.features for each in self.embedded}
+        """Say what validation says of central models on each kind of features."""
+        for each in self.embedded:
+            self.account.add(rows, each.name, central(each.features, parts, self.training), None)
         if self.args.beside:
-            beside = {name: np.hstack([self.composition, features]) for name, features in kinds.items()}
-            kinds |= {COMPOSITION: self.composition}
-            kinds |= {f"{COMPOSITION} beside {name}": features for name, features in beside.items()}
-        for name, features in kinds.items():
-            self.account.add(rows, name, central_mlp(features, parts, self.training), None)
+            for more in (None, *self.embedded):
+                name = COMPOSITION if more is None else f"{COMPOSITION} beside {more.name}"
+                for fitted in self._fit(more, parts):
+                    self.account.add(rows, name, fitted, None)
 
     def _fit(self, embedded: Embedded | None, parts: Parts) -> Iterator[Fitted]:
         """Train the models that composition has, with and without embeddings beside it."""
         more = None if embedded is None else embedded.features
-        yield boosted_trees(self.composition, more, parts)
-        yield logistic_regression(self.composition, more, parts)
+        assert not isinstance(more, Residues), "nothing can stand beside residues"
         both = self.composition if more is None else np.hstack([self.composition, more])
-        yield central_mlp(both, parts, self.training)
+        models = [boosted_trees(self.composition, more, parts)]
+        models += [logistic_regression(both, parts), central(both, parts, self.training)]
+        yield from models
+        yield vote(models, parts)
 
     def _alone(self, embedded: Embedded, parts: Parts, rows: str) -> Iterator[Fitted]:
         """Train the MLP on embeddings alone."""
@@ -146,7 +155,7 @@ class Probe:
             dealt = [self.proteins[row] for row in sorted([*parts.train, *parts.validation, *parts.test])]
             test = [self.proteins[row].id for row in parts.test]
             yield from federation(run, dealt, embedded.path, test, self.training)
-        yield central_mlp(embedded.features, parts, self.training)
+        yield central(embedded.features, parts, self.training)
 
 
 def _chosen(models: dict[str, tuple[Fitted, Scores]]) -> tuple[Fitted, Scores]:
@@ -176,14 +185,15 @@ def far(parts: Parts, proteins: list[Protein], meta: Path) -> Parts:
     return replace(parts, train=keep(parts.train), validation=keep(parts.validation))
 
 
-def load(named: str, proteins: list[Protein]) -> Embedded:
-    """Read the embeddings of the proteins, in their order; ``NAME=H5`` says which."""
+def load(named: str, proteins: list[Protein], stack: ExitStack) -> Embedded:
+    """Read the embeddings of the proteins, in their order; ``NAME=H5`` says which. Residues stay in their file."""
     name, _, path = named.partition("=")
     if not path or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise SystemExit(f"--embeddings {named}: expected NAME=H5 with a name of letters, digits, dots and dashes")
-    with Embeddings.open(path) as store:
-        check_sequences(store, {protein.id: sequence_digest(protein.sequence) for protein in proteins})
-        return Embedded(name, Path(path), store.rows([protein.id for protein in proteins]), store.info)
+    store = stack.enter_context(Embeddings.open(path))
+    check_sequences(store, {protein.id: sequence_digest(protein.sequence) for protein in proteins})
+    features = load_features(store, [protein.id for protein in proteins], TrainingSettings().attention_residues)
+    return Embedded(name, Path(path), features, store.info)
 
 
 def options() -> argparse.Namespace:
@@ -196,11 +206,21 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--beside", action="store_true", help="also embeddings beside the composition features")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--central-only", action="store_true", help="only the central MLP: to choose among features")
+    mode.add_argument(
+        "--validation-only", action="store_true", help="only central models, without a look at the test part"
+    )
     mode.add_argument(
         "--federated", action="append", default=[], metavar="NAME", help="embeddings to federate with; repeatable"
     )
-    parser.add_argument("--mlp", default="256-128-64", help="hidden layers of the MLP (default: %(default)s)")
+    parser.add_argument(
+        "--mlp", default="256-128-64", help="hidden layers of the MLP, or light attention (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=TrainingSettings().learning_rate,
+        help="of the MLP (default: %(default)s)",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the MLP (default: 0 1 2)")
     parser.add_argument("--rounds", type=int, default=30, help="the most rounds of its training (default: %(default)s)")
     args = parser.parse_args()
@@ -216,11 +236,18 @@ def main() -> int:
     """Measure and print."""
     args = options()
     proteins = [each for each in read(args.table) if each.target is not None]
-    probe = Probe(args, proteins, [load(named, proteins) for named in args.embeddings])
-    parts = split(proteins)
-    probe.measure(ALL, parts)
-    if args.meta:
-        probe.measure(FAR, far(parts, proteins, args.meta))
+    with ExitStack() as stack:
+        embedded = [load(named, proteins, stack) for named in args.embeddings]
+        for each in embedded:
+            if problem := input_problem([args.mlp], each.info.pooling):
+                raise SystemExit(f"{each.path}: {problem}")
+        if any(isinstance(each.features, Residues) for each in embedded) and (args.beside or args.federated):
+            raise SystemExit("--beside and --federated are for files with a row per protein")
+        probe = Probe(args, proteins, embedded)
+        parts = split(proteins)
+        probe.measure(ALL, parts)
+        if args.meta:
+            probe.measure(FAR, far(parts, proteins, args.meta))
     machine = {
         "cores": len(os.sched_getaffinity(0)),
         "processor": platform.machine(),

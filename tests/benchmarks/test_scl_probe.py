@@ -66,6 +66,20 @@ def test_compositions_see_the_ends(probe: Any) -> None:
     np.testing.assert_allclose(other[420:460].reshape(2, 20)[0].nonzero()[0], [2, 3])
 
 
+def test_models_vote_with_their_probabilities(probe: Any) -> None:
+    parts = probe.Parts(np.array([0, 1, 1, 0, 1]), np.array([0]), np.array([1, 2]), np.array([3, 4]))
+    sure = np.array([[0.1, 0.9], [0.2, 0.8]]), np.array([[0.9, 0.1], [0.9, 0.1]])
+    unsure = np.array([[0.6, 0.4], [0.6, 0.4]]), np.array([[0.4, 0.6], [0.4, 0.6]])
+    wrong = np.array([[0.9, 0.1], [0.9, 0.1]]), np.array([[0.1, 0.9], [0.0, 1.0]])
+    models = [
+        probe.Fitted(name, 0.0, np.zeros((1, 2)), each) for name, each in zip("abc", (sure, unsure, wrong), strict=True)
+    ]
+    assert probe.vote(models[:2], parts).validation == 1.0
+    found = probe.vote(models, parts)
+    assert found.validation == 0.0
+    np.testing.assert_array_equal(found.predicted, [[1, 1]])
+
+
 def write_rows(path: Path, proteins: list[Protein], *, signal: float) -> None:
     """Embeddings that know the location a little."""
     random = np.random.default_rng(0)
@@ -124,7 +138,7 @@ def values(account: dict[str, Any], **about: str) -> list[float]:
 @pytest.mark.slow
 def test_features_are_compared_centrally_with_and_without_relatives(table: Path) -> None:
     code, tables, account = run(
-        table, "--central-only", "--embeddings", "good=good.h5", "--embeddings", "bad=useless.h5"
+        table, "--validation-only", "--embeddings", "good=good.h5", "--embeddings", "bad=useless.h5"
     )
     assert code == 0
     proteins = list(read(table))
@@ -153,12 +167,12 @@ def test_federated_models_and_baselines_are_measured_on_the_same_test_proteins(t
         assert fitted == {"local MLP, mean of the sites", "federated MLP", "central MLP"}
         for features in ("composition", "composition beside good"):
             for split in ("validation", "test"):
-                assert len(values(account, rows=rows, split=split, features=features)) == 3
+                assert len(values(account, rows=rows, split=split, features=features)) == 4
     (goal,) = [each for each in account["results"] if each["goal"] is not None]
     assert goal["name"].startswith("composition beside good minus composition, each the best on validation, all rows")
     assert goal["met"] == (goal["low"] > 0) == (code == 0)
     assert goal["value"] > 0
-    for model in ("boosted trees", "logistic regression", "central MLP"):
+    for model in ("boosted trees", "logistic regression", "central MLP", "vote of all"):
         assert f"| all rows | composition beside good minus composition, both {model} |" in tables
     for model in ("local MLP, mean of the sites", "federated MLP", "central MLP"):
         assert f"| all rows | good, {model}, minus composition, boosted trees |" in tables
