@@ -12,6 +12,7 @@
     │   ├─ PeerUnreachable         3  retry may help; given up after the total deadline
     │   └─ ProtocolError           3  a malformed, oversized or out-of-order message
     ├─ FederationError             3  a round cannot complete: which sites are missing, which minimum applies
+    │   └─ ScriptError             3  a training script has failed: how, and the last of what it has written
     └─ RefusedError                4  certificate, identity, permission, policy: never retried
 
 A message says what is wrong, where, what was found, what is allowed and what to do next, in one sentence
@@ -19,6 +20,8 @@ without an exclamation mark. Context is added on the way up with ``error.add_not
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 __all__ = [
     "DataError",
@@ -30,6 +33,7 @@ __all__ = [
     "PeerUnreachable",
     "ProtocolError",
     "RefusedError",
+    "ScriptError",
     "SettingsError",
     "TransportError",
 ]
@@ -81,6 +85,22 @@ class FederationError(FedbioError):
     """A round or a job cannot complete."""
 
     exit_code = 3
+
+
+class ScriptError(FederationError):
+    """A training script has failed.
+
+    Parameters
+    ----------
+    message : str
+        How, on one line.
+    last_lines : sequence of str
+        Of what it has written, the lines that the server may have.
+    """
+
+    def __init__(self, message: str, last_lines: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.last_lines = tuple(last_lines)
 
 
 class RefusedError(FedbioError):

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from fedbio import __version__
 from fedbio.cli.parsers import Parser, subparsers_of
+from fedbio.cli.terminal import LogFormatter, shown
 from fedbio.errors import FedbioError
 
 COMMANDS = {
@@ -54,12 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     module = importlib.import_module(f"fedbio.cli.{name}")
     args = _command_parser(name, module).parse_args(arguments[arguments.index(name) + 1 :])
-    logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.DEBUG if args.debug else logging.INFO, handlers=[handler])
     return _guarded(module, args)
 
 
@@ -92,7 +90,7 @@ def _guarded(module: ModuleType, args: argparse.Namespace) -> int:
 
 def _fail(args: argparse.Namespace, code: int, reason: str) -> int:
     """Say why a command ends, to a person and perhaps to a program, and return its exit code."""
-    print(f"fedbio: {reason}", file=sys.stderr)
+    print(f"fedbio: {shown(reason)}", file=sys.stderr)
     if args.json:
         print(json.dumps({"error": reason, "exit_code": code}), flush=True)
     return code

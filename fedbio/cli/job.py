@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedbio.cli.terminal import shown
 from fedbio.errors import SettingsError
 from fedbio.settings import JobsFile, load
 
@@ -163,13 +164,13 @@ def _print_table(jobs: tuple[JobInfo, ...]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for job in jobs:
         if job.reason:
-            print(f"{job.name}: {job.reason}")
+            print(f"{job.name}: {shown(job.reason)}")
 
 
 def _print_job(job: JobInfo) -> None:
     for key in (*COLUMNS, "reason", "origin"):
         if value := getattr(job, key):
-            print(f"{key}: {_shown(value)}")
+            print(f"{key}: {shown(_shown(value))}")
     for name, progress in job.runs.items():
         best = (
             "" if progress.best_value is None else f", best is round {progress.best_round} ({progress.best_value:.4f})"

@@ -32,7 +32,7 @@ from fedbio.client.launch import (
 )
 from fedbio.client.link import INITIAL
 from fedbio.client.turns import OwnState
-from fedbio.errors import DataError, FederationError
+from fedbio.errors import DataError, FederationError, ScriptError
 from fedbio.federation.executor import SiteContext
 from fedbio.federation.model import FLModel, Task
 from fedbio.federation.workflows.script import ClientSpec, CodeFile
@@ -136,18 +136,15 @@ class _Conversation:
             elif isinstance(event, Answered) and event.result.task == task.id:
                 return event.result.model
 
-    def failure(self, what: str) -> FederationError:
-        """Return the error of a script; of its last lines in this site's log it has those that may leave."""
+    def failure(self, what: str) -> ScriptError:
+        """Return the error of a script, with those of its last lines that may leave; this site's log has them all."""
         shown, last = self.run.exception(), self.run.last_lines()
         if last == [shown]:
             # nothing but what the error says
-            return FederationError(f"the script {what}: {shown}")
+            return ScriptError(f"the script {what}: {shown}")
         log.error("the script %s; its last lines (%s):\n%s", what, self.run.log, _block(last))
-        error = f"the script {what}{': ' if shown else ''}{shown}"
-        if not self.last_lines:
-            return FederationError(f"{error}; the site's log has its last lines")
-        told = [line[:SHOWN_CHARACTERS] for line in last[-self.last_lines :]]
-        return FederationError(f"{error}; its last lines:\n{_block(told)}")
+        told = [line[:SHOWN_CHARACTERS] for line in last[-self.last_lines :]] if self.last_lines else []
+        return ScriptError(f"the script {what}{': ' if shown else ''}{shown}; the site's log has its last lines", told)
 
 
 def _block(lines: list[str]) -> str:

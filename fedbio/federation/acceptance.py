@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["ANY_TENSORS", "Expectation"]
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -43,6 +44,13 @@ class Expectation:
     params_type: ParamsType | None = ParamsType.FULL
     delivery: Delivery = IN_MEMORY
     check: Callable[[Result], None] | None = None
+
+    @property
+    def room(self) -> int:
+        """Bytes that the tensors may have."""
+        if self.manifest is ANY_TENSORS:
+            return sys.maxsize // 2
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in (self.manifest or {}).values())
 
     def problem(self, result: Result) -> str | None:
         """Return why `result` may not count, or None if it may. Failed and refused tasks pass: they claim nothing."""

@@ -59,8 +59,11 @@ SEND_S = 60.0
 FOLLOW_S = 0.2
 """Seconds between two looks for new events."""
 
-LINES = 500
-"""Events in one answer."""
+LINES, LINES_BYTES = 500, 256 << 10
+"""Events in one answer, and the bytes after which there is another."""
+
+LISTED_CHARACTERS = 500
+"""Of the reason of a job's end, in a list of jobs."""
 
 FOLLOWERS = 64
 """The most requests that are answered over a longer time at once: logs that are followed, and downloads."""
@@ -167,7 +170,7 @@ class AdminDesk:
                 case Submit():
                     answers: Iterable[Answer] = [self._submit(request, received)]
                 case ListJobs():
-                    answers = [Answer(request.id, jobs=tuple(_info(row) for row in self._state.jobs()))]
+                    answers = [Answer(request.id, jobs=tuple(_line(row) for row in self._state.jobs()))]
                 case ShowJob():
                     answers = [self._show(request)]
                 case AbortJob():
@@ -258,8 +261,8 @@ class AdminDesk:
                 while chunk := file.read(1 << 20):
                     *lines, rest = (rest + chunk).split(b"\n")
                     found = [text for line in lines if (text := _event_of(line, request.name)) is not None]
-                    for begin in range(0, len(found), LINES):
-                        yield Answer(request.id, last=False, lines=tuple(found[begin : begin + LINES]))
+                    for lines_of_one in _batches(found):
+                        yield Answer(request.id, last=False, lines=tuple(lines_of_one))
                 if over or not request.follow:
                     yield Answer(request.id)
                     return
@@ -315,9 +318,32 @@ def _event_of(line: bytes, job: str) -> str | None:
     return line.decode() if isinstance(event, dict) and event.get("job") == job else None
 
 
+def _batches(lines: Sequence[str]) -> Iterator[list[str]]:
+    """Share out events to answers, neither too many nor too long."""
+    batch: list[str] = []
+    size = 0
+    for line in lines:
+        if len(line) > LINES_BYTES:
+            # of very many sites, each with its reason; the file at the server has it whole
+            event = json.loads(line)
+            line = json.dumps({key: event.get(key) for key in ("time", "party", "event", "job")} | {"bytes": len(line)})
+        if batch and (len(batch) == LINES or size + len(line) > LINES_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(line)
+        size += len(line)
+    if batch:
+        yield batch
+
+
 def _settings(row: JobRow) -> dict[str, Any]:
     jobs: list[dict[str, Any]] = json.loads(row.content)["jobs"] if row.content else []
     return jobs[0] if jobs else {}
+
+
+def _line(row: JobRow) -> JobInfo:
+    """Return a job for a list of many."""
+    return msgspec.structs.replace(_info(row), reason=row.reason[:LISTED_CHARACTERS])
 
 
 def _info(row: JobRow) -> JobInfo:

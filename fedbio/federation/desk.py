@@ -26,6 +26,7 @@ from fedbio.federation.model import WEIGHT, Result, Status, Task, encode
 from fedbio.federation.model_file import FileModel, ModelFilePayload
 from fedbio.federation.open_task import OpenTask
 from fedbio.federation.quantization import EXACT, Packer, Travel
+from fedbio.federation.said import plain
 from fedbio.results import EventLog
 from fedbio.transport import Payload
 from fedbio.transport.workers import Workers
@@ -43,6 +44,9 @@ SEND_TRIES = 3
 
 REMEMBERED_TASKS = 1000
 """Tasks that are over and of which the desk still knows the job, for an answer that comes late."""
+
+MISSING_CHARACTERS = 12_000
+"""The most that an error says of the sites that have not answered; events say all of it."""
 
 Post = Callable[[str, bytes, Payload | None], None]
 """Sends a task to a site: its name, the body, the payload; blocks until the site has it all, or raises."""
@@ -115,6 +119,12 @@ class Desk:
             agreed = open_task.task.answer_scheme if open_task and site in open_task.pending else None
             return () if agreed is None else (agreed,)
 
+    def room(self, site: str, task: str = "") -> int:
+        """Return the most bytes of tensors that a site's answer to a task, or to any of its tasks, may have."""
+        with self._changed:
+            waiting = [each for each in self._open.values() if site in each.pending and task in ("", each.task.id)]
+            return max((each.expected.room for each in waiting), default=0)
+
     def expecting(self, result: Result) -> Expectation:
         """Return what a result must be whose parameters are about to come; `ProtocolError` if nobody waits for it."""
         with self._changed:
@@ -170,10 +180,15 @@ class Desk:
                 )  # fmt: skip
             else:
                 open_task.lost[result.site] = f"{result.status}: {result.reason}"
+                lines = "".join(f"\n  {line}" for line in result.last_lines)
                 log.warning(
-                    "task %s site=%s task=%s reason=%s", result.status, result.site, open_task.task.name, result.reason
+                    "task %s site=%s task=%s reason=%s%s",
+                    result.status, result.site, open_task.task.name, result.reason, lines,
+                )  # fmt: skip
+                more = {"last_lines": result.last_lines} if result.last_lines else {}
+                self._events.write(
+                    f"task {result.status}", site=result.site, **open_task.named(), reason=result.reason, **more
                 )
-                self._events.write(f"task {result.status}", site=result.site, **open_task.named(), reason=result.reason)
             self._changed.notify_all()
 
     def unreadable(self, site: str, reason: str, task: str = "") -> None:
@@ -290,7 +305,7 @@ class Desk:
             raise FederationError(
                 f"job {task.job}: task {task.name} of round {task.model.current_round}: {len(results)} of {len(sites)} "
                 f"sites have answered, {min_responses} are needed; "
-                + "; ".join(f"{site}: {text}" for site, text in why.items())
+                + plain("; ".join(f"{site}: {text}" for site, text in why.items()), MISSING_CHARACTERS)
             )
         return results
 

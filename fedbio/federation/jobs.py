@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.5
 """Seconds between two looks for further jobs of a server that goes on serving."""
 
+REASON_CHARACTERS = 16_000
+"""The most that is kept of why a job has failed."""
+
 STOP_S = 5.0
 """Seconds that running jobs have to notice that the server is closing."""
 
@@ -299,10 +302,12 @@ class JobQueue:
                 if not aborted and not isinstance(failure, FedbioError):
                     log.error("job failed job=%s, a bug of fedbio", entry.name, exc_info=failure)
             self._end(entry.name, state, reason)
-        # before the next job begins
-        self._over(entry.name, state, reason)
-        with self._changed:
-            self._leave(entry.name, failure if state is JobState.FAILED else None)
+        try:
+            # before the next job begins
+            self._over(entry.name, state, reason)
+        finally:
+            with self._changed:
+                self._leave(entry.name, failure if state is JobState.FAILED else None)
 
     def _leave(self, name: str, failure: BaseException | None) -> None:
         self._running.pop(name, None)
@@ -319,5 +324,6 @@ class JobQueue:
 
 def _reason(failure: BaseException) -> str:
     if isinstance(failure, FedbioError):
-        return str(failure)
+        # it travels with every list of jobs
+        return str(failure)[:REASON_CHARACTERS]
     return f"{type(failure).__name__}: {failure}; this is a bug of fedbio, the server's log says more"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "IN_MEMORY",
+    "MAX_BODY_BYTES",
     "PARAMS",
     "WEIGHT",
     "Delivery",
@@ -41,6 +42,9 @@ WEIGHT = "weight"
 
 MAX_INLINE_BYTES = 512 * 1024
 """Longer bodies travel in the payload."""
+
+MAX_BODY_BYTES = 64 << 20
+"""The longest body that is read out of a payload."""
 
 PARAMS = "params/"
 """Before the names of a model's parameters, among the tensors of a message."""
@@ -145,6 +149,8 @@ class Result(msgspec.Struct, kw_only=True):
     model: FLModel = msgspec.field(default_factory=FLModel)
     status: Status = Status.DONE
     reason: str = ""
+    last_lines: tuple[str, ...] = ()
+    """Of a script that has failed."""
     site: str = ""
 
 
@@ -177,7 +183,10 @@ def decode(kind: type[M], body: bytes, tensors: Mapping[str, NDArray[Any]]) -> M
     named = dict(tensors)
     try:
         if not body and _BODY in named:
-            body = named.pop(_BODY).tobytes()
+            long = named.pop(_BODY)
+            if long.nbytes > MAX_BODY_BYTES:
+                raise ProtocolError(f"a body of {long.nbytes} bytes, at most {MAX_BODY_BYTES} are read")
+            body = long.tobytes()
         message = msgspec.msgpack.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(

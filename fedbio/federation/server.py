@@ -27,10 +27,11 @@ from fedbio.federation.jobs import JobQueue, JobState
 from fedbio.federation.links import ServerLink
 from fedbio.federation.lockstep import Lockstep
 from fedbio.federation.messages import Abort, JobDone, Join, Welcome, unpack
-from fedbio.federation.model import Parameters, Result, decode
+from fedbio.federation.model import MAX_BODY_BYTES, Parameters, Result, decode
 from fedbio.federation.model_file import UpdateSink, in_file
 from fedbio.federation.outbox import GOODBYE_S, Outbox
 from fedbio.federation.party import Party
+from fedbio.federation.said import plain, plain_result
 from fedbio.federation.split_items import ItemsSink
 from fedbio.federation.split_relay import SplitRelay
 from fedbio.federation.state import State
@@ -132,6 +133,7 @@ class Server:
                     SUBMIT: self._submit_sink,
                 },
                 schemes=self._schemes,
+                room=self._room,
                 on_progress=transfers,
                 limits=Limits(**self.jobs.transport.model_dump()),
                 heartbeat_s=self.jobs.federation.heartbeat_s,
@@ -283,13 +285,12 @@ class Server:
         try:
             if received.topic == messages.RESULT:
                 tensors = {} if received.payload is None else received.payload.tensors()
-                result = decode(Result, received.body, tensors)
-                result = msgspec.structs.replace(result, site=site)
+                result = plain_result(decode(Result, received.body, tensors), site)
                 self._desk.answered(result, size=_size(received), digest=received.digest)
             elif received.topic == messages.UPDATE:
                 result = decode(Result, received.body, {})
                 model = result.model if received.payload is None else in_file(result.model, received.payload)
-                result = msgspec.structs.replace(result, site=site, model=model)
+                result = msgspec.structs.replace(plain_result(result, site), model=model)
                 self._desk.answered(result, size=_size(received), digest=received.digest)
             elif received.topic == messages.PART:
                 self._lockstep.take(received)
@@ -318,6 +319,18 @@ class Server:
             return self._desk.schemes(opening.peer, decode(Result, opening.body, {}).task)
         except ProtocolError:
             return ()
+
+    def _room(self, opening: Opening) -> int:
+        """Return how many bytes a message may bring: a result what its task asks for, and a long body."""
+        if opening.topic != messages.RESULT:
+            return self.jobs.transport.max_payload_bytes
+        self._ready.wait()
+        # a long body is in the payload: nobody can say yet which task it is of
+        task = _named_task(opening.body)
+        most = MAX_BODY_BYTES + self._desk.room(opening.peer, task)
+        if opening.size is not None and opening.size > most:
+            self._desk.unreadable(opening.peer, f"it has {opening.size} bytes, at most {most} were asked for", task)
+        return most
 
     def _update_sink(self, opening: Opening) -> UpdateSink:
         """Return where the parameters of a result go, if somebody waits for them."""
@@ -353,11 +366,12 @@ class Server:
         unknown = sorted(set(join.jobs) - set(names))
         reason = ""
         if join.protocol != messages.PROTOCOL:
-            reason = f"fedbio {join.version} at {site} and {__version__} at the server do not fit; install one release"
+            theirs = plain(join.version, 50)
+            reason = f"fedbio {theirs} at {site} and {__version__} at the server do not fit; install one release"
         elif site not in self._expected:
             reason = f"{site} is not expected; the sites of these jobs are {', '.join(self._expected)}"
         elif unknown:
-            reason = f"there is no job {', '.join(unknown)} here; the jobs are {', '.join(names)}"
+            reason = f"there is no job {plain(', '.join(unknown), 200)} here; the jobs are {', '.join(names)}"
         if reason:
             log.warning("site turned away site=%s reason=%s", site, reason)
             self._party.events.write("site turned away", site=site, reason=reason)
@@ -396,9 +410,13 @@ def _size(received: Received) -> int:
 
 def _task_of(received: Received) -> str:
     """Return which task a message that cannot be read wants to answer; empty if nobody can say."""
-    if received.topic in (messages.RESULT, messages.UPDATE):
-        with contextlib.suppress(ProtocolError):
-            return decode(Result, received.body, {}).task
+    return _named_task(received.body) if received.topic in (messages.RESULT, messages.UPDATE) else ""
+
+
+def _named_task(body: bytes) -> str:
+    """Return which task a result is of; empty if nobody can say."""
+    with contextlib.suppress(ProtocolError):
+        return decode(Result, body, {}).task
     return ""
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from fedbio import __version__
-from fedbio.errors import DataError, FedbioError
+from fedbio.errors import DataError, FedbioError, ScriptError
 from fedbio.federation.executor import Executor, SiteContext
 from fedbio.federation.filters import Chain
 from fedbio.federation.held import Held
@@ -67,7 +67,8 @@ class Tasks:
         except FedbioError as error:
             log.error("task failed task=%s reason=%s", task.name, error)
             self.failure = error
-            result = Result(task=task.id, status=Status.FAILED, reason=_for_the_server(error))
+            lines = error.last_lines if isinstance(error, ScriptError) else ()
+            result = Result(task=task.id, status=Status.FAILED, reason=_for_the_server(error), last_lines=lines)
         seconds = time.monotonic() - started
         stage = executor.stage or executor.kind
         self.party.record.seconds[stage] = self.party.record.seconds.get(stage, 0.0) + seconds

@@ -27,12 +27,19 @@ class ItemsSink(Sink):
         Bytes of all tensors together; an announcement beyond it is refused before memory is taken.
     on_abort : callable, optional
         Called with the reason if the message is not taken.
+    on_gone : callable, optional
+        Called if its sender is gone before it was whole; without it that is one more reason for `on_abort`.
     """
 
-    def __init__(self, max_bytes: int, on_abort: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        on_abort: Callable[[str], None] | None = None,
+        on_gone: Callable[[], None] | None = None,
+    ) -> None:
         self._reader = ObjectReader(max_bytes)
         self._most = max_bytes
-        self._on_abort = on_abort
+        self._on_abort, self._on_gone = on_abort, on_gone
         self._bytes = 0
         self._items: Parameters = {}
         self._problem = "it was cut short, or is not what was sent"
@@ -51,6 +58,12 @@ class ItemsSink(Sink):
     def abort(self) -> None:
         if self._on_abort is not None:
             self._on_abort(self._problem)
+
+    def suspend(self) -> None:
+        if self._on_gone is None:
+            self.abort()
+        else:
+            self._on_gone()
 
     def _take(self, chunk: memoryview) -> None:
         self._bytes += len(chunk)

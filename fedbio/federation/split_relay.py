@@ -99,7 +99,12 @@ class SplitRelay:
                 raise ProtocolError(f"message {passage.number} of the session is on its way already")
             session.arriving = True
         what = f"message {passage.number} of {opening.peer} was not taken"
-        return ItemsSink(session.max_bytes, lambda problem: self._end(passage.session, f"{what}: {problem}"))
+        return ItemsSink(
+            session.max_bytes,
+            lambda problem: self._end(passage.session, f"{what}: {problem}"),
+            # half a message is the first that is seen of a process that was killed
+            lambda: self._end(passage.session, f"{opening.peer} is gone", lost=True),
+        )
 
     def take(self, received: Received) -> None:
         """Pass a message on, on the thread that brings it."""

@@ -299,10 +299,16 @@ class State:
         """Add rows to a job's table; a row that is there already is replaced."""
         with self._lock:
             self._database.execute("begin")
-            self._database.executemany(
-                "insert or replace into metrics values (?, ?, ?, ?, ?, ?, ?, ?)", ((job, *row) for row in rows)
-            )
-            self._database.execute("commit")
+            try:
+                self._database.executemany(
+                    "insert or replace into metrics values (?, ?, ?, ?, ?, ?, ?, ?)", ((job, *row) for row in rows)
+                )
+                self._database.execute("commit")
+            except BaseException:
+                # a full disk must not leave a transaction open, which no later one could follow
+                if self._database.in_transaction:
+                    self._database.execute("rollback")
+                raise
 
     def metrics(self, job: str | None = None) -> list[Metric]:
         """Return a job's table, or that of all jobs, in a fixed order."""

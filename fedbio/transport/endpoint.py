@@ -18,7 +18,7 @@ import numpy as np
 
 from fedbio.transport.limits import Limits
 from fedbio.transport.metering import OnProgress
-from fedbio.transport.receiver import Agreed, Received, SinkFactory
+from fedbio.transport.receiver import Agreed, Received, Room, SinkFactory
 from fedbio.transport.session import Session
 from fedbio.transport.spool import sweep
 from fedbio.transport.workers import Workers
@@ -55,6 +55,7 @@ class Endpoint:
         limits: Limits,
         heartbeat_s: float,
         schemes: Agreed | None,
+        room: Room | None = None,
     ) -> None:
         self.name = name
         self._spool = Path(spool)
@@ -63,7 +64,7 @@ class Endpoint:
         self._on_progress = on_progress
         self._limits = limits
         self._heartbeat_s = heartbeat_s
-        self._schemes = schemes
+        self._schemes, self._room = schemes, room
         self._instance = os.urandom(16)
         self._callbacks = Workers(f"{name}-callback", most=1)
         self._closing = threading.Event()
@@ -95,6 +96,7 @@ class Endpoint:
             deliver=self._on_message,
             on_progress=self._on_progress,
             schemes=self._schemes,
+            room=self._room,
         )
 
     def _announce(self, session: Session, callback: Callable[[], None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Agreed", "Received", "Receiver", "SinkFactory"]
+__all__ = ["Agreed", "Received", "Receiver", "Room", "SinkFactory"]
 
 import collections
 import logging
@@ -53,6 +53,9 @@ SinkFactory = Callable[[Opening], Sink]
 Agreed = Callable[[Opening], Collection[str]]
 """Returns the quantization schemes in which a model may come."""
 
+Room = Callable[[Opening], int]
+"""Returns how many bytes a payload may have."""
+
 Reply = Callable[[Frame, Lane], None]
 
 
@@ -73,6 +76,7 @@ class Receiver:
         deliver: Callable[[Received], None],
         on_progress: OnProgress | None = None,
         schemes: Agreed | None = None,
+        room: Room | None = None,
     ) -> None:
         self.peer = peer
         self.limits = limits
@@ -82,7 +86,7 @@ class Receiver:
         self.reply = reply
         self._deliver = deliver
         self._on_progress = on_progress
-        self._schemes = schemes
+        self._schemes, self._room = schemes, room
         self._collectors = Workers(f"{peer}-collect", limits.max_messages)
         self._handlers = Workers(f"{peer}-handle", limits.max_messages)
         self._streams: dict[int, Incoming] = {}
@@ -185,7 +189,7 @@ class Receiver:
         if len(content.body) > MAX_BODY_BYTES:
             self._reject(stream, f"a body of {len(content.body)} bytes, at most {MAX_BODY_BYTES} are allowed")
         elif size > self.limits.max_payload_bytes:
-            self._reject(stream, f"a payload of {size} bytes, at most {self.limits.max_payload_bytes} are allowed")
+            self._reject(stream, _too_large(size, self.limits.max_payload_bytes))
         elif not self._enter():
             self._reject(stream, self._busy)
         else:
@@ -193,7 +197,9 @@ class Receiver:
             meter = Meter(self._on_progress, self.peer, opening.topic, outgoing=False, total=opening.size)
             incoming = Incoming(self, stream, opening, meter)
             self._streams[stream] = incoming
-            if content.topic not in self._sinks and (sink := self._quick_sink(opening)) is not None:
+            # whether there is room is asked where it may take a moment
+            quick = content.topic not in self._sinks and self._room is None
+            if quick and (sink := self._quick_sink(opening)) is not None:
                 incoming.begin(sink)
             else:
                 self._collectors.submit(lambda: incoming.collect(lambda: self._sink(opening)))
@@ -208,16 +214,21 @@ class Receiver:
         """Return the sink for a message; it may take a while."""
         if opening.topic in self._sinks:
             return self._sinks[opening.topic](opening)
+        most = self.limits.max_payload_bytes
+        if self._room is not None:
+            most = min(most, self._room(opening))
+            if opening.size is not None and opening.size > most:
+                raise TransportError(_too_large(opening.size, most))
         if opening.kind == "quantized":
             agreed = None if self._schemes is None else self._schemes(opening)
-            return TensorSink(lambda size: self._store(opening, size), agreed)
+            return TensorSink(lambda size: self._store(opening, size, most), agreed)
         if opening.kind == "file" and opening.transfer is not None:
             return SpooledFileSink(self._spool, opening, self.limits.max_partial_files)
-        return self._store(opening, opening.size)
+        return self._store(opening, opening.size, most)
 
-    def _store(self, opening: Opening, size: int | None) -> Sink:
-        if size is not None and size > self.limits.max_payload_bytes:
-            raise TransportError(f"a payload of {size} bytes, at most {self.limits.max_payload_bytes} are allowed")
+    def _store(self, opening: Opening, size: int | None, most: int) -> Sink:
+        if size is not None and size > most:
+            raise TransportError(_too_large(size, most))
         sink = None if size is None else self._memory_sink(opening, size)
         return SpoolSink(self._spool, size) if sink is None else sink
 
@@ -288,3 +299,7 @@ def _whole(frame: Frame) -> tuple[wire.Message, bytes]:
     if wire.seal(message.topic, message.body, message.kind, digest) != message.seal:
         raise ProtocolError(f"message {message.topic!r} does not match its digest")
     return message, digest
+
+
+def _too_large(size: int, most: int) -> str:
+    return f"a payload of {size} bytes, at most {most} are allowed"

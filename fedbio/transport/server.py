@@ -21,7 +21,7 @@ from fedbio.transport.limits import Limits
 from fedbio.transport.metering import OnProgress
 from fedbio.transport.outgoing import SendReceipt
 from fedbio.transport.payloads import Payload
-from fedbio.transport.receiver import Agreed, Received, SinkFactory
+from fedbio.transport.receiver import Agreed, Received, Room, SinkFactory
 from fedbio.transport.session import Session
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,9 @@ class ServerEndpoint(Endpoint):
         Names under which several processes may be here at once; each is a peer of its own, ``NAME:ID``.
     schemes : callable, optional
         Given what is known of a message, returns the quantization schemes in which its model may come; all by default.
+    room : callable, optional
+        Given what is known of a message without a sink of its own, returns how many bytes its payload may have, as it
+        travels and as it is kept; by default as many as `limits` says.
     on_progress : callable, optional
         Called a few times a second with how far a payload has come.
     limits : Limits
@@ -90,9 +93,10 @@ class ServerEndpoint(Endpoint):
         heartbeat_s: float = 5.0,
         driver: str = "grpc",
         schemes: Agreed | None = None,
+        room: Room | None = None,
         many: Collection[str] = (),
     ) -> None:
-        super().__init__(name, spool, on_message, sinks, on_progress, limits, heartbeat_s, schemes)
+        super().__init__(name, spool, on_message, sinks, on_progress, limits, heartbeat_s, schemes, room)
         credentials.check()
         self._on_peer = on_peer
         self._many = frozenset(many)

@@ -30,7 +30,7 @@ from fedbio.transport.limits import MAX_BODY_BYTES, Limits
 from fedbio.transport.metering import Meter, OnProgress
 from fedbio.transport.outgoing import Outgoing, SendReceipt
 from fedbio.transport.payloads import Payload, Reader
-from fedbio.transport.receiver import Agreed, Received, Receiver, SinkFactory
+from fedbio.transport.receiver import Agreed, Received, Receiver, Room, SinkFactory
 from fedbio.transport.wire import MAX_TOPIC
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Session:
         deliver: Callable[[Received], None],
         on_progress: OnProgress | None = None,
         schemes: Agreed | None = None,
+        room: Room | None = None,
     ) -> None:
         self.peer = peer
         self.id = os.urandom(16)
@@ -91,7 +92,7 @@ class Session:
         self._over: str | None = None
         self._deliver = deliver
         self._receiver = Receiver(
-            peer, limits, spool, sinks, self._reply, self._deliver_announced, on_progress, schemes
+            peer, limits, spool, sinks, self._reply, self._deliver_announced, on_progress, schemes, room
         )
 
     @property

@@ -15,7 +15,7 @@ import pytest
 
 from fedbio.errors import FederationError, PeerUnreachable, TransportError
 from fedbio.federation import FLModel, Result, Task
-from fedbio.federation.acceptance import Expectation
+from fedbio.federation.acceptance import ANY_TENSORS, Expectation
 from fedbio.federation.desk import Desk
 from fedbio.federation.messages import Join
 from fedbio.federation.model import Status, decode
@@ -61,11 +61,11 @@ def desk(tmp_path: Path, mail: Mail) -> Iterator[Desk]:
 
 def ask(desk: Desk, task: Task, sites: list[str], **options: Any) -> tuple[threading.Thread, list[Any]]:
     found: list[Any] = []
-    options = {"min_responses": len(sites), "deadline_s": 10.0, **options}
+    options = {"expected": ANYTHING, "min_responses": len(sites), "deadline_s": 10.0, **options}
 
     def run() -> None:
         try:
-            found.append(desk.ask(task, sites, ANYTHING, **options))
+            found.append(desk.ask(task, sites, **options))
         except FederationError as error:
             found.append(error)
 
@@ -126,6 +126,40 @@ def test_events_of_answers_name_the_job_also_when_they_come_late(desk: Desk, mai
     assert [each["event"] for each in found] == ["result accepted", "result refused", "task failed", "result refused"]
     assert [{key: each[key] for key in named} for each in found] == [named] * 4
     assert (found[0]["bytes"], found[0]["digest"], found[0]["weight"]) == (7, "01" * 32, None)
+
+
+def test_last_lines_of_a_script_are_in_the_event_and_not_in_the_jobs_error(
+    desk: Desk, mail: Mail, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk.joined("site-1", Join(version="0"))
+    thread, found = ask(desk, Task(name="train", model=FLModel(), id="1", job="study"), ["site-1"])
+    mail.wait_for(1)
+    lines = ("Traceback", "ValueError: no")
+    desk.answered(Result(task="1", site="site-1", status=Status.FAILED, reason="it crashed", last_lines=lines))
+    thread.join(10)
+    # every site is told the error; only the server's own log has what one of them has printed
+    assert "site-1: failed: it crashed" in str(found[0])
+    assert "Traceback" not in str(found[0])
+    assert "reason=it crashed\n  Traceback\n  ValueError: no" in caplog.text
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [each["last_lines"] for each in events if each["event"] == "task failed"] == [list(lines)]
+
+
+def test_answer_has_room_for_what_its_task_asks_for(desk: Desk, mail: Mail) -> None:
+    desk.joined("site-1", Join(version="0"))
+    manifest = {"w": ((100, 3), np.dtype(np.float32)), "n": ((), np.dtype(np.int64))}
+    tasks = [
+        ask(desk, Task(name="train", model=FLModel(), id=name, job=name), ["site-1"], expected=expected)
+        for name, expected in (("a", Expectation(manifest)), ("b", Expectation()), ("c", Expectation(ANY_TENSORS)))
+    ]
+    mail.wait_for(3)
+    assert [desk.room("site-1", name) for name in "ab"] == [1208, 0]
+    assert desk.room("site-1", "c") == desk.room("site-1") > 1 << 50
+    assert [desk.room("site-1", "other"), desk.room("site-2", "a"), desk.room("site-2")] == [0, 0, 0]
+    for name in "abc":
+        desk.unreadable("site-1", "that is all", name)
+    for thread, _ in tasks:
+        thread.join(10)
 
 
 def test_unreadable_answer_costs_its_site_that_task_and_no_other(desk: Desk, mail: Mail, tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ ROUNDS = 4
 KILLS = 50
 
 POINTS = [
-    ("server", "before send:2"),
-    ("server", "after send:8"),
+    ("server", "before send:12"),
+    ("server", "after send:15"),
     ("server", "in send:2"),  # the task of round 0, on its way to the sites
     ("server", "in send:9"),
     ("server", "before aggregation:2"),

@@ -460,6 +460,15 @@ def test_relay_refuses_hostile_sizes_and_ends_the_session(content: bytes, reason
     assert passed.relay.lost("s") == ""
 
 
+def test_half_a_message_of_a_process_that_was_killed_lets_the_epoch_be_tried_again() -> None:
+    passed = Passed()
+    sink = passed.relay.sink(Opening(BOTTOM, messages.SPLIT, pack(Passage("s", 0)), "object", None))
+    sink.write(memoryview(ONES[:-9]))
+    sink.suspend()
+    assert passed.told_of_the_end() == {BOTTOM, TOP}
+    assert passed.relay.lost("s") == f"{BOTTOM} is gone"
+
+
 def test_announced_terabytes_take_no_memory() -> None:
     announcement = msgspec.msgpack.encode(Announcement("activations", "F32", (1 << 40,)))
     with pytest.raises(FedbioError, match="4398046511104 bytes, at most 65536 are allowed"):

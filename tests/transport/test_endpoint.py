@@ -146,6 +146,34 @@ def test_payload_of_any_size_arrives_as_it_left(federation: Federation, size: in
     assert (tmp_path / "saved").read_bytes() == content
 
 
+@pytest.mark.parametrize("kind", ["blob", "quantized"])
+def test_payload_beyond_what_its_receiver_has_room_for_is_refused(kits: Path, tmp_path: Path, kind: str) -> None:
+    federation = Federation(kits, tmp_path, "grpc")
+    asked: list[str] = []
+
+    def room(opening: Any) -> int:
+        asked.append(opening.topic)
+        return 3 * MIB if opening.topic == "result" else 40 * MIB
+
+    federation.server.close()
+    federation.server = federation.add_server("127.0.0.1:0", room=room)
+    site = federation.site().start()
+
+    def payload(size: int) -> Any:
+        if kind == "blob":
+            return BlobPayload(bytes(size))
+        return TensorPayload({"w": np.zeros(size // 4, np.float32)}, "int8")
+
+    site.send("result", b"", payload(2 * MIB))
+    site.send("other", b"", payload(8 * MIB))
+    # int8 is a fourth of it on the way, and is measured by what it becomes
+    with pytest.raises(TransportError, match=rf"at most {3 * MIB} are allowed"):
+        site.send("result", b"", payload(8 * MIB))
+    assert [message.topic for message in federation.at_server.wait(2)] == ["result", "other"]  # type: ignore[attr-defined]
+    assert sorted(asked) == ["other", "result", "result"]
+    federation.close()
+
+
 def test_large_body_arrives_and_a_larger_one_is_a_mistake(federation: Federation) -> None:
     site = federation.site().start()
     site.send("full", b"x" * MAX_BODY_BYTES)

@@ -18,6 +18,7 @@ from fedbio.federation.quantization import Travel
 from fedbio.federation.state import Progress
 from fedbio.federation.workflows.aggregation import Aggregation, Initial, make_aggregation
 from fedbio.federation.workflows.selection import is_better, mean_metric, unreported
+from fedbio.federation.workflows.site_metrics import named_metrics
 from fedbio.settings import ModelSelection, Quantization
 from fedbio.tensors.check import Manifest
 
@@ -197,7 +198,9 @@ class FedAvg(Controller):
     def means(self, results: Sequence[Result]) -> dict[str, float]:
         """Average each metric over all proteins of the sites that measured it; the sites' registered counts hold."""
         found = {}
-        for metric in sorted({name for each in results for name in each.model.metrics}):
+        first = self.selection.metric
+        names = {name for each in results for name in named_metrics(each.model.metrics, first=first)}
+        for metric in sorted(names):
             counts = self.validation if metric.startswith(VALIDATION) else self.training
             if (mean := mean_metric(metric, results, counts)) is not None:
                 found[metric] = mean

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["is_better", "mean_metric", "unreported"]
 
 import difflib
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 from fedbio.federation.model import Result
@@ -15,7 +16,7 @@ TIE = 1e-9
 
 
 def mean_metric(metric: str, results: Sequence[Result], counts: Mapping[str, int]) -> float | None:
-    """Average a metric over all examples of the sites that measured it; None if there are none.
+    """Average a metric over all examples of the sites that measured it; None if there are none, or no finite mean.
 
     Parameters
     ----------
@@ -28,7 +29,9 @@ def mean_metric(metric: str, results: Sequence[Result], counts: Mapping[str, int
         (each.model.metrics[metric], counts.get(each.site, 0)) for each in results if metric in each.model.metrics
     ]
     total = sum(count for _, count in measured)
-    return sum(value * count for value, count in measured) / total if total else None
+    mean = sum(value * count for value, count in measured) / total if total else math.nan
+    # values that are too large for a sum are none either
+    return mean if math.isfinite(mean) else None
 
 
 def unreported(metric: str, reported: Collection[str]) -> str:
