@@ -1,17 +1,24 @@
-"""A site's results in the form in which they leave, each kept until the job's next task."""
+"""A site's results in the form in which they leave, kept for a server that asks for them again.
+
+A server that was killed and started anew asks for its round once more, under a new id. A site that did the task again
+would train twice in one round, and what its script keeps between rounds, such as an optimizer's moments or the state of
+random numbers, would be one round ahead: the model would be another one. So the same answer goes out again.
+"""
 
 from __future__ import annotations
 
-__all__ = ["Answer", "Answers", "failure"]
+__all__ = ["Answer", "Answers", "Heard", "content_of", "failure"]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import msgspec
+from blake3 import blake3
 
 from fedbio.errors import FormatError
 from fedbio.federation import messages
 from fedbio.federation.held import Held
-from fedbio.federation.model import FLModel, Result, Status, Task, encode
+from fedbio.federation.model import FLModel, Result, Status, Task, decode, encode
 from fedbio.federation.quantization import Packer
 from fedbio.transport import Payload
 
@@ -31,8 +38,35 @@ class Answer:
     topic: str = messages.RESULT
 
 
+class Heard(NamedTuple):
+    """How a task came.
+
+    Parameters
+    ----------
+    content : bytes
+        The same for tasks that are the same but for their id; empty if nobody can say.
+    arrival : int
+        Counts the arrivals of the server's processes: which of them has sent it.
+    """
+
+    content: bytes = b""
+    arrival: int = 0
+
+
+class _Kept(NamedTuple):
+    answer: Answer
+    heard: Heard
+
+
+def content_of(task: Task, *, digest: bytes, has_payload: bool) -> bytes:
+    """Return what `Heard.content` is of a task whose payload came with a digest."""
+    body, _ = encode(msgspec.structs.replace(task, id=""))
+    known = body and (digest or not has_payload) and task.delivery.kind != "lockstep"
+    return blake3(body).digest() + digest if known else b""
+
+
 class Answers:
-    """Makes answers, and keeps the last one of each job.
+    """Makes answers, and keeps the last one to each kind of task of a job; of those that hold a model, the last.
 
     Parameters
     ----------
@@ -43,21 +77,36 @@ class Answers:
     def __init__(self, held: Held) -> None:
         self._held = held
         self._packer = Packer()
-        self._kept: dict[str, Answer] = {}
+        self._kept: dict[str, dict[str, _Kept]] = {}
+        """By job and name of the task."""
 
     @property
     def keeps(self) -> bool:
         """Whether something that quantization took waits for the next model."""
         return self._packer.keeps
 
-    def kept(self, task: Task) -> Answer | None:
-        """Return the answer to a task that was done before."""
-        answer = self._kept.get(task.job)
-        return answer if answer is not None and answer.task == task.id else None
+    def kept(self, task: Task, heard: Heard) -> Answer | None:
+        """Return the answer to a task that was done before, for this process of the server or for one before it."""
+        found = self._kept.get(task.job, {}).get(task.name)
+        if found is None or found.answer.task == task.id:
+            return found and found.answer
+        if not heard.content or heard.content != found.heard.content or heard.arrival <= found.heard.arrival:
+            # one process that asks for the same twice wants it done twice
+            return None
+        answer = _under(found.answer, task.id)
+        if answer is not None:
+            self._kept[task.job][task.name] = _Kept(answer, heard)
+        return answer
 
-    def make(self, task: Task, result: Result, *, leaves: str) -> Answer:
+    def make(self, task: Task, result: Result, heard: Heard, *, leaves: str) -> Answer:
         """Put a result into the form in which it leaves, and keep it; `leaves` is what its executor calls it."""
-        answer = self._kept[task.job] = self._made(task, result, leaves)
+        answer = self._made(task, result, leaves)
+        kept = self._kept.setdefault(task.job, {})
+        if answer.payload is not None:
+            # one model is enough to hold
+            for name in [name for name, each in kept.items() if each.answer.payload is not None]:
+                del kept[name]
+        kept[task.name] = _Kept(answer, heard)
         return answer
 
     def forget(self, job: str) -> None:
@@ -86,6 +135,17 @@ class Answers:
         if payload is not None:
             self._held.keep_part(task.delivery, payload)
         return msgspec.structs.replace(result, model=msgspec.structs.replace(result.model, params={}))
+
+
+def _under(answer: Answer, task: str) -> Answer | None:
+    """Return an answer under another id; None if it says that the task was not done, or says it in its payload."""
+    if not answer.body:
+        return None
+    result = decode(Result, answer.body, {})
+    if result.status is not Status.DONE:
+        return None
+    body, _ = encode(msgspec.structs.replace(result, task=task))
+    return replace(answer, task=task, body=body)
 
 
 def failure(task: str, reason: str) -> Answer:

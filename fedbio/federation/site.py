@@ -21,7 +21,7 @@ from fedbio.errors import (
     TransportError,
 )
 from fedbio.federation import messages
-from fedbio.federation.answers import Answer, Answers, failure
+from fedbio.federation.answers import Answer, Answers, Heard, content_of, failure
 from fedbio.federation.executor import Executor, SiteContext
 from fedbio.federation.filters import Chain
 from fedbio.federation.held import Held
@@ -131,7 +131,9 @@ class Site:
         self._inbox: queue.SimpleQueue[Task | Received] = queue.SimpleQueue()
         self._ready = threading.Event()
         self._lock = threading.Lock()
-        self._taken: set[str] = set()
+        self._taken: dict[str, Heard] = {}
+        """Tasks that wait or are being done, by id."""
+        self._arrival = 0
         self._over = False
         self._told_to_stop = False
         self._dropped: set[str] = set()
@@ -279,6 +281,7 @@ class Site:
             self._split.broken("the server was started anew, or has given this site up")
             self._stop_if_lost()
         if presence is Presence.ARRIVED:
+            self._arrival += 1
             join = Join(version=__version__, jobs=tuple(self.jobs), allow=tuple(self.allow))
             try:
                 self._send(messages.JOIN, pack(join), None, "control")
@@ -325,7 +328,8 @@ class Site:
         with self._lock:
             # a task that is being done, or waits here, is answered when it is done, however often it comes
             if task.id not in self._taken:
-                self._taken.add(task.id)
+                content = content_of(task, digest=received.digest, has_payload=received.payload is not None)
+                self._taken[task.id] = Heard(content, self._arrival)
                 self._inbox.put(task)
         return None
 
@@ -386,8 +390,12 @@ class Site:
             executor.abandon(done.job)
 
     def _do(self, task: Task) -> None:
-        answer = self._answers.kept(task)
-        if answer is None:
+        with self._lock:
+            heard = self._taken[task.id]
+        answer = self._answers.kept(task, heard)
+        if answer is not None:
+            log.info("answer given again task=%s round=%d", task.name, task.model.current_round)
+        else:
             try:
                 result = self._tasks.do(task, self._context)
             except Exception as error:
@@ -397,11 +405,11 @@ class Site:
             if result.status is not Status.REFUSED:
                 self._party.reopen()
             executor = self.executors.get(task.name)
-            answer = self._answers.make(task, result, leaves=executor.leaves if executor else "control")
+            answer = self._answers.make(task, result, heard, leaves=executor.leaves if executor else "control")
         if task.job not in self._dropped:
             self._reply(answer)
         with self._lock:
-            self._taken.discard(task.id)
+            self._taken.pop(task.id, None)
         if time.monotonic() - self._saved > SAVE_EVERY_S:
             self._saved = time.monotonic()
             self._party.save()

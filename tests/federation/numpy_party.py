@@ -1,6 +1,7 @@
 """A party as a process of its own: ``python numpy_party.py NAME FOLDER ADDRESS [POINT]``; scripts are played by NumPy.
 
-POINT is where the process kills itself, ``PLACE:COUNT``: at the COUNTth time that it comes by.
+POINT is where the process kills itself, ``PLACE:COUNT``: at the COUNTth time that it comes by. With STATEFUL in the
+environment, a site's answers depend on how often it has trained, as those of a script do that keeps its optimizer.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ WIDTH = 600_000
 """Numbers in the model: its 2.4 MB travel in several chunks."""
 
 
+TRAINED: list[int] = []
+"""Rounds in which this process has trained."""
+
+
 class Played(Executor):
     """A task of a script, in NumPy."""
 
@@ -47,7 +52,9 @@ def initial(model: FLModel, context: SiteContext) -> FLModel:
 
 def train(model: FLModel, context: SiteContext) -> FLModel:
     """Depend on everything that a wrong resumption could change: the model, the round, and the site."""
-    noise = np.random.default_rng([int(context.site[-1]), model.current_round]).random(WIDTH, np.float32)
+    TRAINED.append(model.current_round)
+    times = len(TRAINED) if "STATEFUL" in os.environ else 0
+    noise = np.random.default_rng([int(context.site[-1]), model.current_round, times]).random(WIDTH, np.float32)
     weight = model.params["weight"] * np.float32(0.9) + noise
     return FLModel(
         params={"weight": weight}, metrics={"accuracy": float(weight[0])}, meta={WEIGHT: int(context.site[-1])}

@@ -115,6 +115,18 @@ def test_killed_at_a_named_point_and_started_again_ends_with_the_same_model(make
         assert run.finish() == expected, (victim, point)
 
 
+def test_server_that_is_killed_has_no_site_train_twice_in_a_round(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATEFUL", "1")
+    expected = unbroken(make, ROUNDS)
+    for point in ("in send:5", "in aggregation:2", "before send:15", "in save:3"):
+        run = make(ROUNDS)
+        for name in NAMES:
+            run.start(name, point if name == "server" else "")
+        assert run.running["server"].wait(60) == -signal.SIGKILL, point
+        run.start("server")
+        assert run.finish() == expected, point
+
+
 def test_killed_at_fifty_random_moments_ends_with_the_same_model(make: Any) -> None:
     rounds = 500
     expected = unbroken(make, rounds)
