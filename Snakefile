@@ -5,6 +5,7 @@
 #   snakemake --cores all --configfile config/server.yaml    the server of a real federation
 #   snakemake --cores all --configfile config/embeddings.yaml --config proteins=FILE shards=4
 #                                                            a large file of proteins, embedded in shards
+#   snakemake --cores all --configfile config/encoder.yaml   an encoder trained, and what it is worth
 from snakemake.utils import min_version
 
 min_version("9.0")
@@ -31,6 +32,10 @@ elif settings.party == "site":
 elif settings.party == "embeddings":
 
     include: "workflow/rules/embeddings.smk"
+
+elif settings.party == "encoder":
+
+    include: "workflow/rules/encoder.smk"
 
 else:
 

@@ -7,6 +7,7 @@ model                file
 `SiteSettings`       ``config/site.yaml``: one site of a real federation
 `ServerSettings`     ``config/server.yaml``: the server of a real federation
 `EmbeddingsSettings` ``config/embeddings.yaml``: a large file embedded in shards, alone
+`TrainEncoderSettings` ``config/encoder.yaml``: an encoder trained and measured, alone
 `JobsFile`           ``config/jobs/*.yaml``: what the server runs
 `FederationFile`     ``config/federation.yaml``: who takes part, for ``fedbio provision``
 `KitFile`            ``kit.yaml`` in a start-up kit
@@ -34,6 +35,7 @@ __all__ = [
     "RunSettings",
     "ServerParty",
     "ServerSettings",
+    "TrainEncoderSettings",
     "ServerTransport",
     "SiteSettings",
     "SitesSettings",
@@ -331,6 +333,36 @@ class EmbeddingsSettings(Section):
     """auto, cpu, cuda or cuda:N; unless it is cpu, the job of a shard asks for one GPU."""
 
 
+class TrainEncoderSettings(Section):
+    """An encoder from proteins to what it is worth; nobody else takes part."""
+
+    party: Literal["encoder"]
+    corpus: Annotated[list[str], Field(min_length=1), AfterValidator(no_twins)]
+    """Files of proteins to learn from."""
+    valid: str | None = None
+    """Proteins that are held out for the perplexity; null holds out one in a hundred."""
+    table: str
+    """Labelled proteins in FLIP's form, on which the encoder is measured; none of them is trained on."""
+    meta: str | None = None
+    """A table of id and near_test: what is measured is measured without relatives of test proteins as well."""
+    run: RunName = "encoder"
+    """Name of the folder under results/."""
+    preset: Literal["esm1nv-44m", "esm1nv-mini"] = "esm1nv-44m"
+    """Architecture and recipe."""
+    tokens: Annotated[float, Field(ge=1, le=1e13)] = 1e9
+    """Residues to learn from."""
+    weights: Literal["float32", "float16", "int8"] = "int8"
+    """How the weights are kept."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; unless it is cpu, training and embedding ask for one GPU each."""
+    threads: Annotated[int, Field(ge=1, le=1_024)] = 8
+    """CPU threads."""
+    pretrain: list[str] = []
+    """Further options of ``fedbio pretrain``."""
+    probe: list[str] = []
+    """Further options of ``benchmarks/scl_probe.py``."""
+
+
 class ServerParty(Section):
     name: PartyName = "server"
     """The name in the server's certificate."""
@@ -388,19 +420,21 @@ FILES: dict[str, type[Section]] = {
     "site": SiteSettings,
     "server": ServerSettings,
     "embeddings": EmbeddingsSettings,
+    "encoder": TrainEncoderSettings,
     "jobs": JobsFile,
     "federation": FederationFile,
     "kit": KitFile,
 }
 """Every settings file by the name of its JSON schema."""
 
-PartySettings = RunSettings | SiteSettings | ServerSettings | EmbeddingsSettings
+PartySettings = RunSettings | SiteSettings | ServerSettings | EmbeddingsSettings | TrainEncoderSettings
 
 PARTIES: dict[str, type[PartySettings]] = {
     "all": RunSettings,
     "site": SiteSettings,
     "server": ServerSettings,
     "embeddings": EmbeddingsSettings,
+    "encoder": TrainEncoderSettings,
 }
 
 S = TypeVar("S", bound=Section)

@@ -167,6 +167,7 @@ def test_overrides_that_make_no_sense_are_refused(tmp_path: Path, override: str)
         ("site.yaml", "site"),
         ("server.yaml", "server"),
         ("embeddings.yaml", "embeddings"),
+        ("encoder.yaml", "encoder"),
         ("federation.yaml", "federation"),
         ("jobs/classify.yaml", "jobs"),
     ],
@@ -175,11 +176,11 @@ def test_settings_in_the_repository_are_valid(file: str, kind: str) -> None:
     settings.load(ROOT / "config" / file, settings.FILES[kind])
 
 
-def test_settings_in_the_repository_name_the_default_encoder() -> None:
-    for file in ("config.yaml", "embeddings.yaml"):
-        assert yaml.safe_load((ROOT / "config" / file).read_text())["encoder"]["name"] == DEFAULT_ENCODER
-    jobs = yaml.safe_load((ROOT / "config" / "jobs" / "classify.yaml").read_text())["jobs"]
-    assert jobs[0]["encoder"]["name"] == DEFAULT_ENCODER
+def test_settings_in_the_repository_name_the_default_encoder_and_the_features_that_validation_prefers() -> None:
+    read = [yaml.safe_load((ROOT / "config" / file).read_text()) for file in ("config.yaml", "embeddings.yaml")]
+    read += yaml.safe_load((ROOT / "config" / "jobs" / "classify.yaml").read_text())["jobs"][:1]
+    for each in read:
+        assert (each["encoder"]["name"], each["encoder"]["pooling"]) == (DEFAULT_ENCODER, "ends")
 
 
 @pytest.mark.parametrize("kind", settings.FILES)

@@ -179,13 +179,14 @@ def verdict(study: Study) -> Verdict:
 
 
 def headline_line(study: Study) -> str:
-    """Say what a run found in one line of plain text."""
+    """Say what a run found, and with which encoder, in one line of plain text."""
     best = study.accuracies[study.best]
+    how = "; ".join(filter(None, [f"MLP {study.best}", encoder_words(study.run.encoder)]))
     if best.gain is None or best.local is None:
-        return f"federated {percent(best.federated)}, no site trained alone (MLP {study.best})"
+        return f"federated {percent(best.federated)}, no site trained alone ({how})"
     low, high = (f"{100 * end:.1f}" for end in (best.gain.low, best.gain.high))
     unclear = ": no clear difference" if best.gain.low <= 0 <= best.gain.high else ""
     return (
         f"federated {percent(best.federated)} against {percent(best.local)} alone "
-        f"(gain {100 * best.gain.value:.1f} points, 95 % interval {low} to {high}{unclear}; MLP {study.best})"
+        f"(gain {100 * best.gain.value:.1f} points, 95 % interval {low} to {high}{unclear}; {how})"
     )

@@ -27,7 +27,7 @@ def test_last_lines_say_where_the_report_is_and_what_it_found(invent: Callable[.
     number = r"-?\d+\.\d"
     assert re.fullmatch(
         rf"federated {number} % against {number} % alone "
-        rf"\(gain {number} points, 95 % interval {number} to {number}; MLP 32\)",
+        rf"\(gain {number} points, 95 % interval {number} to {number}; MLP 32; encoder esm1nv-44m, untrained\)",
         found,
     )
     assert {path.name for path in folder.iterdir() if path.is_file()} == {

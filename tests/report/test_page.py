@@ -162,7 +162,7 @@ def test_a_federated_model_that_is_worse_is_called_worse(invent: Callable[..., P
 def test_a_gain_within_chance_is_called_unclear(invent: Callable[..., Path]) -> None:
     folder = invent(gain=0.0)
     assert "Joining made no clear difference" in Outline(page_of(folder)).text
-    assert ": no clear difference; MLP 32)" in headline_line(study(collect(folder)))
+    assert ": no clear difference; MLP 32; encoder " in headline_line(study(collect(folder)))
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -49,7 +49,7 @@ def test_resources_of_the_profiles_reach_the_jobs(tmp_path: Path) -> None:
     assert sum(all(f"{each}," in f"{line}," for each in wanted) for line in resources) == 2, shown
 
 
-@pytest.mark.parametrize("settings", ["config", "site", "server", "embeddings"])
+@pytest.mark.parametrize("settings", ["config", "site", "server", "embeddings", "encoder"])
 def test_rules_of_each_party_pass_snakemakes_lint(settings: str) -> None:
     command = [str(Path(sys.executable).parent / "snakemake"), "--lint", "--configfile", f"config/{settings}.yaml"]
     output = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)

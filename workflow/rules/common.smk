@@ -45,6 +45,8 @@ def results_of(party):
     """What `snakemake` without a target makes for this party."""
     if party == "embeddings":
         return [f"{run}/embeddings.h5"]
+    if party == "encoder":
+        return [f"{run}/choice.json", f"{run}/probe.json"]
     return [f"{run}/party.json"] if party == "server" else [f"{run}/report.html"]
 
 

@@ -23,20 +23,14 @@ from .training_list import Banned, check_account, read_again, table_sequences
 ROOT = Path(__file__).parents[3]
 
 SMALL = {
-    "fedbio pretrain": [*ARCHITECTURE, "--pack-tokens", "512", "--threads", "1", "--no-tensorboard"],
-    "fedbio embed": ["--threads", "1"],
-    "python benchmarks/scl_probe.py": ["--mlp", "8", "--rounds", "2", "--seeds", "0"],
+    "tokens": "3e3",
+    "device": "cpu",
+    "threads": 1,
+    # every stretch is over after one update
+    "pretrain": [*ARCHITECTURE, "--pack-tokens", "512", "--no-tensorboard", "--minutes", "1e-9"],
+    "probe": ["--mlp", "8", "--rounds", "2", "--seeds", "0"],
 }
-"""What makes each command small."""
-
-WORDS = {
-    "1e9": "3e3",
-    "cuda": "cpu",
-    "110": "1e-9",  # every stretch is over after one update
-    "python": sys.executable,
-    "benchmarks/scl_probe.py": str(ROOT / "benchmarks" / "scl_probe.py"),
-}
-"""What a word of the manual becomes here."""
+"""What makes the command small."""
 
 
 def commands() -> list[str]:
@@ -48,29 +42,26 @@ def commands() -> list[str]:
     return [line.removeprefix("$ ") for line in block[1].splitlines()]
 
 
-def made_small(command: str) -> str:
-    """The same command for a tiny network."""
-    more = [option for start, options in SMALL.items() if command.startswith(start) for option in options]
-    if not more:
-        return command
-    return shlex.join([*(WORDS.get(word, word) for word in shlex.split(command)), *more])
+def made_small(command: str, folder: Path) -> list[str]:
+    """The same command for a tiny network, run in another folder."""
+    words = [str(ROOT / word) if word == "config/encoder.yaml" else word for word in shlex.split(command)]
+    words[0] = str(Path(sys.executable).parent / words[0])
+    more = [f"{key}={json.dumps(value)}" for key, value in SMALL.items()]
+    return [*words, *more, "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)]
 
 
-def run(command: str, folder: Path) -> str:
-    """Run a line in a shell, with the commands of this installation."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+def run(command: list[str], folder: Path) -> tuple[int, str]:
+    """Run a command; return its exit code, and what it has said."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
-    # the probe ends with 1 if an encoder is worth nothing, as this one
-    assert done.returncode == 0 or ("scl_probe" in command and done.returncode == 1), f"{command}\n{done.stderr}"
-    return done.stdout
+    return done.returncode, done.stdout + done.stderr
 
 
 def write_data(folder: Path) -> None:
     """A corpus with two proteins of the test in it, held-out proteins, and a table in FLIP's form."""
-    run("fedbio data demo -o demo.fasta --count 150", folder)
+    run([sys.executable, "-m", "fedbio", "data", "demo", "-o", "demo.fasta", "--count", "150"], folder)
     proteins = list(read(folder / "demo.fasta"))
     with open(folder / "mixed_soft.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -85,39 +76,41 @@ def write_data(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_manuals_commands_lead_from_proteins_to_a_measured_encoder(tmp_path: Path) -> None:
+def test_the_manuals_command_leads_from_proteins_to_a_measured_encoder(tmp_path: Path) -> None:
     write_data(tmp_path)
-    said: dict[str, str] = {}
-    stretches = 0
-    for command in commands():
-        if command.startswith("fedbio data fetch"):
-            continue  # the table is there
-        small = made_small(command)
-        said[command] = run(small, tmp_path)
-        while command.startswith("fedbio pretrain") and "the same command goes on" in said[command]:
-            stretches += 1
-            assert stretches < 50
-            said[command] = run(small, tmp_path)
+    fetch, command = commands()
+    assert fetch.startswith("fedbio data fetch mixed_soft -o mixed_soft.csv")  # the table is there
+    stretches = 1
+    code, said = run(made_small(command, tmp_path), tmp_path)
+    while code and "say the same command again" in said:
+        stretches += 1
+        assert stretches < 50
+        code, said = run(made_small(command, tmp_path), tmp_path)
+    assert code == 0, said
     assert stretches > 1
 
-    for folder in ("run-44m", "trained-44m"):
-        account = json.loads((tmp_path / folder / "training.json").read_text())
+    results = tmp_path / "results" / "encoder"
+    for folder in ("training", "esm1nv-44m"):
+        account = json.loads((results / folder / "training.json").read_text())
         assert (account["encoder"], account["finished"]) == ("esm1nv-44m", True)
-        assert len(account["stretches"]) == stretches + 1
+        assert len(account["stretches"]) == stretches
         assert account["corpus"]["excluded"] == 2
-    test = table_sequences(tmp_path / "mixed_soft.csv")["test"]
-    check_account(account["corpus"], read_again(account["corpus"], tmp_path, banned=Banned(test)))
+    proteins = [sequence for part in table_sequences(tmp_path / "mixed_soft.csv").values() for sequence in part]
+    check_account(account["corpus"], read_again(account["corpus"], tmp_path, banned=Banned(proteins)))
 
-    assert not (tmp_path / "trained-44m" / "corpus").exists()
-    assert (tmp_path / "trained-44m" / "README.md").is_file()
+    assert not (results / "esm1nv-44m" / "corpus").exists()
+    assert (results / "esm1nv-44m" / "README.md").is_file()
     widths = {}
-    for pooling in ("mean", "ends"):
-        with Embeddings.open(tmp_path / f"{pooling}.h5") as store:
-            assert (store.info.name, store.info.trained, store.info.pooling) == ("esm1nv-44m", True, pooling)
-            assert store.info.weights_sha256 == account["weights_sha256"]
-            widths[pooling] = store.info.width
-    assert widths["ends"] > widths["mean"] == 32
-    choice, measured = [json.loads(each.splitlines()[-1]) for call, each in said.items() if "scl_probe" in call]
-    assert {each["features"] for each in choice["results"]} == {"mean", "ends", "cut"}
-    assert {each.get("model") for each in measured["results"]} >= {"federated MLP", "boosted trees"}
+    for name, pooling in (("mean", "mean"), ("ends", "ends"), ("untrained", "ends")):
+        with Embeddings.open(results / f"{name}.h5") as store:
+            assert (store.info.trained, store.info.pooling) == (name != "untrained", pooling)
+            assert (store.info.weights_sha256 == account["weights_sha256"]) == store.info.trained
+            widths[name] = store.info.width
+    assert widths["ends"] == widths["untrained"] > widths["mean"] == 32
+    choice, measured = (json.loads((results / f"{name}.json").read_text()) for name in ("choice", "probe"))
+    assert {each["features"] for each in choice["results"]} == {"mean", "ends", "cut", "exact"}
+    assert {each["split"] for each in choice["results"]} == {"validation"}
+    assert {each.get("model") for each in measured["results"]} >= {"federated MLP", "boosted trees", "vote of all"}
     assert measured["embeddings"]["ends"]["weights_sha256"] == account["weights_sha256"]
+    # the two tables for people
+    assert "| ends | federated MLP |" in (tmp_path / "logs" / "encoder" / "probe.log").read_text()
