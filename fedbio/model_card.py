@@ -117,7 +117,7 @@ def _head(known: TrainingAccount, details: _Details, config: EncoderConfig) -> s
     return (
         f"# {config.name}\n\nA protein language model (a BERT over amino acids), trained {origin} with "
         f"`fedbio pretrain`.{unfinished}\n\n{_table(['what', 'value'], facts)}\n\n"
-        f"```console\n$ fedbio embed proteins.fasta -o proteins.h5 --encoder {config.name}\n```"
+        f"```console\n$ fedbio embed proteins.fasta -o proteins.h5 --encoder {config.name} --pooling ends\n```"
     )
 
 
