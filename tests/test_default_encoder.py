@@ -20,7 +20,7 @@ def account() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["scl_probe", "scl_probe_validation"])
+@pytest.mark.parametrize("name", ["scl_probe", "scl_probe_validation", "scl_probe_attention"])
 def test_figures_were_measured_with_these_weights(name: str, account: dict[str, Any]) -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     trained = [each for each in measured["embeddings"].values() if each["trained"]]
