@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -10,28 +11,35 @@ from pathlib import Path
 
 import pytest
 
-from fedbio.encoder_names import PACKAGED
+from fedbio.encoder_names import DEFAULT_ENCODER, PACKAGED
 
 ROOT = Path(__file__).parent.parent
 FILES = ("README.md", "config.json", "model.safetensors", "training.json", "vocab.txt")
 
 
-def test_a_wheel_holds_all_files_of_an_encoder(tmp_path: Path) -> None:
+def test_an_installed_wheel_finds_and_loads_its_encoder_by_name(tmp_path: Path) -> None:
     pytest.importorskip("hatchling", reason="hatchling makes the wheel; pip install 'fedbio[dev]'")
-    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
-        shutil.copy(ROOT / name, tmp_path)
-    folder = tmp_path / PACKAGED.relative_to(ROOT) / "one"
-    folder.mkdir(parents=True)
-    for name in FILES:
-        (folder / name).touch()
-    shutil.copy(ROOT / "fedbio" / "__init__.py", tmp_path / "fedbio")
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", "out"],
-        cwd=tmp_path, check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "out")]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
     (wheel,) = (tmp_path / "out").glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert [f"fedbio/encoders/one/{name}" in names for name in FILES] == [True] * len(FILES)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    program = (
+        "import fedbio, json, sys\n"
+        "from fedbio.encoder import load_encoder_weights\n"
+        "config, weights = load_encoder_weights(sys.argv[1])\n"
+        "print(json.dumps([fedbio.__file__, config.name, config.trained, len(weights)]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [sys.executable, "-c", program, DEFAULT_ENCODER],
+        cwd=tmp_path, env=environment, check=True, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    file, name, trained, tensors = json.loads(done.stdout)
+    assert Path(file).is_relative_to(tmp_path / "installed")
+    assert (name, trained) == (DEFAULT_ENCODER, True)
+    assert tensors > 50
+    for each in FILES:
+        assert (tmp_path / "installed" / "fedbio" / "encoders" / DEFAULT_ENCODER / each).is_file()
 
 
 def test_git_takes_the_files_of_an_encoder() -> None:
