@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
+import numpy as np
 import pytest
 
+from fedbio.cli import main
 from fedbio.embeddings import Embeddings
 from fedbio.encoder.bins import BINS
 from fedbio.encoder.checkpoint import read_encoder
@@ -49,6 +51,22 @@ def test_sites_embed_with_a_folder_of_hugging_face(
             assert embeddings.info.name == "our-encoder"
             assert embeddings.info.pooling == pooling
             assert embeddings.info.width == config.width * (1 + BINS if pooling == "ends" else 1)
+
+
+def test_federated_inference_gives_the_embeddings_of_the_command(study: Any, tmp_path: Path) -> None:
+    config, weights = read_weights(study.encoder)
+    write_weights(tmp_path / "encoder", config, weights, "float32")
+    encoder = {"name": str(tmp_path / "encoder"), "pooling": "ends", "dtype": "float32"}
+    jobs = {"jobs": [{"workflow": "embed", "encoder": encoder}], "federation": {"round_deadline_s": 60}}
+    study.run(JobsFile.model_validate(jobs))
+    for site in SITES:
+        own = tmp_path / f"{site}.h5"
+        command = ["embed", str(study.folder / f"{site}.fasta"), "-o", str(own), "--encoder", encoder["name"]]
+        assert main([*command, "--pooling", "ends", "--dtype", "float32"]) == 0
+        with Embeddings.open(study.folder / site / "embeddings.h5") as of_job, Embeddings.open(own) as of_command:
+            assert of_job.info == of_command.info
+            assert list(of_job.ids) == list(of_command.ids)
+            np.testing.assert_allclose(of_job.rows(of_job.ids), of_command.rows(of_command.ids), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("named", "form"), [("comes with fedbio", "float16"), ("path", "int8"), ("path", "float16")])

@@ -266,6 +266,37 @@ def test_excluded_parameters_never_reach_the_server(runs: Runs) -> None:
     assert set(found) == {"layer.weight"}
 
 
+def test_fedbn_averages_all_but_what_each_site_keeps(runs: Runs) -> None:
+    """Against FedBN's Algorithm 1 as a plain loop: normalization stays local and learns, the rest is averaged."""
+    weights = [10, 20, 30]
+
+    def step(shared: np.ndarray[Any, Any], own: np.ndarray[Any, Any], site: str) -> tuple[Any, Any]:
+        # each acts on the other, so that an average of what stays, or a fresh one each round, would show
+        return shared * np.float32(0.5) + own.sum() + np.float32(site[-1]), own * np.float32(0.9) + shared.mean()
+
+    kept = {site: np.full(2, site[-1], np.float32) for site in SITES}
+
+    def trains(model: FLModel, context: SiteContext) -> FLModel:
+        assert set(model.params) == {"layer.weight"}
+        shared, kept[context.site] = step(model.params["layer.weight"], kept[context.site], context.site)
+        return FLModel(params={"layer.weight": shared}, meta={WEIGHT: EXAMPLES_OF[context.site]})
+
+    runs.executors = {
+        site: executors(train=trains, evaluate=lambda *_: FLModel(metrics={"accuracy": 0.5})) for site in SITES
+    }
+    found = runs.run(exclude=["bn.*"])
+
+    shared, own = initial()["layer.weight"], {site: np.full(2, site[-1], np.float32) for site in SITES}
+    for _ in range(4):
+        moved = {site: step(shared, own[site], site) for site in SITES}
+        own = {site: kept_there for site, (_, kept_there) in moved.items()}
+        shared = mean(weights)([{"w": moved[site][0]} for site in SITES])["w"]
+    assert_same(found, {"layer.weight": shared})
+    for site in SITES:
+        np.testing.assert_allclose(kept[site], own[site], rtol=1e-6)
+    assert not np.allclose(kept["site-1"], kept["site-3"])
+
+
 @pytest.mark.parametrize(("ties", "best"), [("first", 1), ("last", 2)])
 def test_best_model_is_chosen_by_the_metric_that_the_job_names(runs: Runs, ties: str, best: int) -> None:
     losses = {0: 3.0, 1: 1.0, 2: 1.0, 3: 2.0, 4: 2.5}

@@ -128,6 +128,7 @@ def test_job_from_its_template_to_its_results(parties: Parties) -> None:
         "job begins",
         "job done",
     ]
+    assert admin.ask("log", "statistics") == {"job": "statistics", "events": len(events), "state": "done"}
     [listed] = admin.ask("list")["jobs"]
     assert (listed["state"], listed["reason"]) == ("done", "")
     assert listed["submitted"] <= listed["started"] <= listed["finished"]
