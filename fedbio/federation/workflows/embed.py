@@ -1,4 +1,7 @@
-"""Federated inference: every site turns its own proteins into embeddings with the encoder that the server names."""
+"""Federated inference: every site turns its own proteins into embeddings with the encoder that the server names.
+
+Roth et al. 2024, "Empowering Federated Learning for Massive Models with NVIDIA FLARE", arXiv:2402.07792.
+"""
 
 from __future__ import annotations
 

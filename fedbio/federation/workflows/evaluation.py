@@ -1,4 +1,7 @@
-"""Federated evaluation: every model is tried on every site's data, where the data are; the answer is a matrix."""
+"""Federated evaluation: every model is tried on every site's data, where the data are; the answer is a matrix.
+
+Roth et al. 2022, "NVIDIA FLARE: Federated Learning from Simulation to Real-World", arXiv:2210.13291.
+"""
 
 from __future__ import annotations
 
