@@ -45,6 +45,9 @@ SEND_TRIES = 3
 REMEMBERED_TASKS = 1000
 """Tasks that are over and of which the desk still knows the job, for an answer that comes late."""
 
+REFUSALS_NOTED = 1_000
+"""Refused results of a site that are written down while the server runs."""
+
 MISSING_CHARACTERS = 12_000
 """The most that an error says of the sites that have not answered; events say all of it."""
 
@@ -76,6 +79,8 @@ class Desk:
         self._changed = threading.Condition(threading.RLock())
         self.attendance = Attendance(self.expected, events, self._changed)
         self._interrupted: dict[str, FedbioError] = {}
+        self._refusals: dict[str, int] = {}
+        """How many results of a site were refused."""
         self._senders = Workers("push", most=SENDERS)
         self._packer = Packer()
 
@@ -194,20 +199,26 @@ class Desk:
     def unreadable(self, site: str, reason: str, task: str = "") -> None:
         """A site has sent something that is no result; it loses that task, or all of its if nobody can say which."""
         with self._changed:
-            log.warning("result refused site=%s task=%s reason=%s", site, task, reason)
             lost = [each for each in self._open.values() if site in each.pending and (not task or each.task.id == task)]
             for each in lost:
                 each.pending.discard(site)
                 each.lost[site] = f"its result was refused: {reason}"
-                self._events.write("result refused", site=site, **each.named(), reason=reason)
+                self._note_refused(site, each.named(), reason)
             if not lost:
-                self._events.write("result refused", site=site, **self._named(task), reason=reason)
+                self._note_refused(site, self._named(task), reason)
             self._changed.notify_all()
 
     def _refuse(self, result: Result, reason: str) -> None:
-        named = self._named(result.task)
-        log.warning("result refused site=%s task=%s reason=%s", result.site, named["task"], reason)
-        self._events.write("result refused", site=result.site, **named, reason=reason)
+        self._note_refused(result.site, self._named(result.task), reason)
+
+    def _note_refused(self, site: str, named: Mapping[str, Any], reason: str) -> None:
+        """Write a refusal down; a site that goes on and on fills no disk."""
+        count = self._refusals[site] = self._refusals.get(site, 0) + 1
+        if count <= REFUSALS_NOTED:
+            log.warning("result refused site=%s task=%s reason=%s", site, named["task"], reason)
+            self._events.write("result refused", site=site, **named, reason=reason)
+        if count == REFUSALS_NOTED:
+            log.warning("further refused results are not noted site=%s after=%d", site, count)
 
     def _named(self, task: str) -> dict[str, Any]:
         """Return what events say of a task, which may be over, or none that ever was."""

@@ -162,6 +162,18 @@ def test_answer_has_room_for_what_its_task_asks_for(desk: Desk, mail: Mail) -> N
         thread.join(10)
 
 
+def test_site_whose_results_are_refused_on_and_on_fills_no_disk(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fedbio.federation.desk.REFUSALS_NOTED", 5)
+    for site in ("site-1",) * 20 + ("site-2",):
+        desk.answered(Result(task="other", site=site))
+        desk.unreadable(site, "nonsense")
+    assert [site for site, _ in reasons(tmp_path)] == ["site-1"] * 5 + ["site-2"] * 2
+    assert caplog.text.count("site-1") == 6
+    assert "further refused results are not noted site=site-1 after=5" in caplog.text
+
+
 def test_unreadable_answer_costs_its_site_that_task_and_no_other(desk: Desk, mail: Mail, tmp_path: Path) -> None:
     for site in desk.expected:
         desk.joined(site, Join(version="0"))
