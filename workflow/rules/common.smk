@@ -99,3 +99,16 @@ def given(option, name):
 def more_on_each_attempt(amount):
     """A resource of which a job that failed asks more when it is tried again."""
     return lambda wildcards, attempt: amount * attempt
+
+
+def embeddings_of(*names):
+    """Embeddings files of this run, as arguments of the probe."""
+    return lambda wildcards, input: [
+        part for name in names for part in ("--embeddings", f"{name}={run}/{name}.h5")
+    ]
+
+
+def encoder_of(wildcards, input):
+    """The folder of an encoder: that of its weights, or, where the mark of the end of a training stands for it, its own."""
+    marked = input.encoder == f"{run}/pretrained"
+    return f"{run}/training" if marked else str(Path(input.encoder).parent)

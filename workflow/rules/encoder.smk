@@ -15,19 +15,6 @@ wildcard_constraints:
     features="|".join(features),
 
 
-def embeddings_of(*names):
-    """Embeddings files, as arguments of the probe."""
-    return lambda wildcards, input: [
-        part for name in names for part in ("--embeddings", f"{name}={run}/{name}.h5")
-    ]
-
-
-def encoder_of(wildcards, input):
-    """The folder of an encoder: that of the file that stands for it, or, of what marks the end of training, its own."""
-    marked = input.encoder == f"{run}/pretrained"
-    return f"{run}/training" if marked else str(Path(input.encoder).parent)
-
-
 rule pretrain:
     input:
         corpus=settings.corpus,
