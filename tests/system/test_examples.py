@@ -93,7 +93,7 @@ while flare.is_running():
 
 
 def start_crashing(
-    parties: Parties, what: str, *, launch: str = "process", **limits: object
+    parties: Parties, what: str, *, launch: str = "process", last_lines: int = 0, **limits: object
 ) -> list[subprocess.Popen[bytes]]:
     """Start a job of three rounds whose script does something at site-2, once, in round 1."""
     folder = parties.folder / "job"
@@ -110,7 +110,8 @@ def start_crashing(
     (folder / "job.yaml").write_text(yaml.safe_dump(content))
     kit, output = parties.folder / "kits/server", parties.folder / "server"
     server = parties.start("server", "server", "--kit", str(kit), "--jobs", str(folder / "job.yaml"), "-o", str(output))
-    return [server, *(parties.site(name, "--code", str(folder / "train.py")) for name in SITES)]
+    options = ["--code", str(folder / "train.py"), "--set", f"last_lines={last_lines}"]
+    return [server, *(parties.site(name, *options) for name in SITES)]
 
 
 def last_model(parties: Parties) -> list[float]:
@@ -118,16 +119,23 @@ def last_model(parties: Parties) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launch", "processes_at_site"), [("process", 2), ("in_process", 1)])
-def test_script_that_crashes_costs_its_site_one_round(parties: Parties, launch: str, processes_at_site: int) -> None:
+@pytest.mark.parametrize(("launch", "processes_at_site", "last_lines"), [("process", 2, 4), ("in_process", 1, 0)])
+def test_script_that_crashes_costs_its_site_one_round(
+    parties: Parties, launch: str, processes_at_site: int, last_lines: int
+) -> None:
     what = "raise ValueError('no memory left')"
-    processes = start_crashing(parties, what, launch=launch, min_sites=2, round_deadline_s=30)
+    limits = {"min_sites": 2, "round_deadline_s": 30}
+    processes = start_crashing(parties, what, launch=launch, last_lines=last_lines, **limits)
     assert [each.wait(120) for each in processes] == [0] * 4, parties.log("server")
     assert last_model(parties) == [3.0] * 4
-    events = (parties.folder / "server/events.jsonl").read_text()
-    assert "ValueError: no memory left" in events
-    assert "Traceback" not in events
+    events = [json.loads(line) for line in (parties.folder / "server/events.jsonl").read_text().splitlines()]
+    [failed] = [each for each in events if each["event"] == "task failed"]
+    assert failed["site"] == "site-2"
+    assert "ValueError: no memory left" in failed["reason"]
     assert "Traceback" in parties.log("site-2")
+    # what the script has written leaves its site as far as its operator lets it
+    assert len(failed.get("last_lines", [])) == last_lines
+    assert ("raise ValueError" in parties.log("server")) == ("raise ValueError" in str(failed)) == bool(last_lines)
     pids = {(parties.folder / f"site-2/scripts/fedavg/files/round-{number}").read_text() for number in range(4)}
     assert len(pids) == processes_at_site
 
