@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 
 from fedbio.classifier.unsure import BINS
-from fedbio.errors import FederationError, ProtocolError
-from fedbio.federation import FLModel, Result, SiteContext
-from fedbio.federation.model import WEIGHT
+from fedbio.errors import FederationError, ProtocolError, TransportError
+from fedbio.federation import FLModel, Result, SiteContext, messages
+from fedbio.federation.messages import Join, pack
+from fedbio.federation.model import WEIGHT, encode
 from fedbio.federation.workflows import study_checks
 from fedbio.federation.workflows.study import Alone, Description, Embedded, Evaluation, Points, RunSpec, Study, meta
 from fedbio.results import ClassCounts, EncoderInfo, MapPoint, read_party
 from fedbio.settings import JobsFile
+from fedbio.transport import BlobPayload, SiteEndpoint
 
 from .conftest import SITES, _Fake, fakes
 
@@ -297,3 +299,28 @@ def test_site_that_has_embedded_with_other_weights_is_left_out_if_the_others_are
     for each in sites:
         with pytest.raises(FederationError):
             each.result(30)
+
+
+def test_result_that_nobody_asked_for_is_refused_before_its_bytes_come(federation: Any) -> None:
+    server = federation.start(federation.server(federation.jobs(join_deadline_s=2)))
+    site = SiteEndpoint(
+        federation.address,
+        federation.credentials("site-1"),
+        spool=federation.folder / "hostile",
+        on_message=lambda received: None,
+        driver="memory",
+        connect_deadline_s=20,
+    ).start()
+    try:
+        site.send(messages.JOIN, pack(Join(version="0")))
+        body, _ = encode(Result(task="never asked for"))
+        with pytest.raises(TransportError, match="a payload of 83886080 bytes, at most 67108864 are allowed"):
+            site.send(messages.RESULT, body, BlobPayload(bytes(80 << 20)))
+    finally:
+        site.close()
+    with pytest.raises(FederationError, match="site-2"):
+        server.result(30)
+    events = (federation.folder / "server" / "events.jsonl").read_text().splitlines()
+    [refused] = [each for each in map(json.loads, events) if each["event"] == "result refused"]
+    assert refused["site"] == "site-1"
+    assert refused["reason"] == "it has 83886080 bytes, at most 67108864 were asked for"
