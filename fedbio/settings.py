@@ -350,7 +350,7 @@ class TrainEncoderSettings(Section):
     preset: Literal["esm1nv-44m", "esm1nv-mini"] = "esm1nv-44m"
     """Architecture and recipe."""
     tokens: Annotated[float, Field(ge=1, le=1e13)] = 1e9
-    """Residues to learn from."""
+    """Tokens to learn from, about one a residue."""
     weights: Literal["float32", "float16", "int8"] = "int8"
     """How the weights are kept."""
     device: str = "auto"
