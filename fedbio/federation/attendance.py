@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from fedbio.errors import FederationError
 from fedbio.federation.messages import Join
-from fedbio.federation.said import plain
 from fedbio.results import EventLog
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class Attendance:
             self._sites[site] = _Presence(here=True, join=join)
             self._arrivals[site] += 1
             self._changed.notify_all()
-        self._events.write("site joined", site=site, version=plain(join.version, 50))
+        self._events.write("site joined", site=site, version=join.version)
         log.info("site joined site=%s", site)
 
     def back(self, site: str) -> bool:

@@ -165,6 +165,8 @@ class Desk:
                 return
         # outside the lock: it looks at every number
         problem = open_task.expected.problem(result)
+        if problem is not None:
+            problem = plain(problem)  # it may quote names that the site has chosen
         with self._changed:
             if result.site not in open_task.pending:
                 self._refuse(result, "it has answered already")
@@ -198,6 +200,7 @@ class Desk:
 
     def unreadable(self, site: str, reason: str, task: str = "") -> None:
         """A site has sent something that is no result; it loses that task, or all of its if nobody can say which."""
+        reason = plain(reason)
         with self._changed:
             lost = [each for each in self._open.values() if site in each.pending and (not task or each.task.id == task)]
             for each in lost:

@@ -6,7 +6,7 @@ what was running and waiting.
 
 from __future__ import annotations
 
-__all__ = ["Aborted", "JobEntry", "JobQueue", "JobState"]
+__all__ = ["REASON_CHARACTERS", "Aborted", "JobEntry", "JobQueue", "JobState"]
 
 import enum
 import logging

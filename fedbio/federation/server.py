@@ -23,7 +23,7 @@ from fedbio.federation.allocation import use_one_arena
 from fedbio.federation.desk import Desk
 from fedbio.federation.filters import Chain
 from fedbio.federation.job_runner import JobRunner
-from fedbio.federation.jobs import JobQueue, JobState
+from fedbio.federation.jobs import REASON_CHARACTERS, JobQueue, JobState
 from fedbio.federation.links import ServerLink
 from fedbio.federation.lockstep import Lockstep
 from fedbio.federation.messages import Abort, JobDone, Join, Welcome, unpack
@@ -53,6 +53,9 @@ log = logging.getLogger(__name__)
 
 LIBRARIES = ("grpcio", "msgspec", "numpy")
 """Whose versions go into the server's record."""
+
+VERSION_CHARACTERS = 50
+"""The most that is kept of the version that a site tells."""
 
 
 @dataclass(kw_only=True)
@@ -152,7 +155,7 @@ class Server:
                 self._say_goodbye()
                 party.finish(LIBRARIES)
             except FedbioError as error:
-                self._tell_all(messages.ABORT, Abort(str(error)))
+                self._tell_all(messages.ABORT, Abort(str(error)[:REASON_CHARACTERS]))
                 party.events.write("aborted", reason=str(error))
                 raise
             finally:
@@ -363,11 +366,11 @@ class Server:
 
     def _on_join(self, site: str, join: Join) -> None:
         names = list(dict.fromkeys([*(job.name for job in self.jobs.jobs), *(row.name for row in self._state.jobs())]))
+        join = msgspec.structs.replace(join, version=plain(join.version, VERSION_CHARACTERS))
         unknown = sorted(set(join.jobs) - set(names))
         reason = ""
         if join.protocol != messages.PROTOCOL:
-            theirs = plain(join.version, 50)
-            reason = f"fedbio {theirs} at {site} and {__version__} at the server do not fit; install one release"
+            reason = f"fedbio {join.version} at {site} and {__version__} at the server do not fit; install one release"
         elif site not in self._expected:
             reason = f"{site} is not expected; the sites of these jobs are {', '.join(self._expected)}"
         elif unknown:

@@ -297,18 +297,12 @@ class State:
 
     def add_metrics(self, job: str, rows: Iterable[Metric]) -> None:
         """Add rows to a job's table; a row that is there already is replaced."""
-        with self._lock:
+        # the database rolls back what an error ends: an open transaction would let no later one begin
+        with self._lock, self._database:
             self._database.execute("begin")
-            try:
-                self._database.executemany(
-                    "insert or replace into metrics values (?, ?, ?, ?, ?, ?, ?, ?)", ((job, *row) for row in rows)
-                )
-                self._database.execute("commit")
-            except BaseException:
-                # a full disk must not leave a transaction open, which no later one could follow
-                if self._database.in_transaction:
-                    self._database.execute("rollback")
-                raise
+            self._database.executemany(
+                "insert or replace into metrics values (?, ?, ?, ?, ?, ?, ?, ?)", ((job, *row) for row in rows)
+            )
 
     def metrics(self, job: str | None = None) -> list[Metric]:
         """Return a job's table, or that of all jobs, in a fixed order."""

@@ -168,7 +168,8 @@ def test_site_whose_results_are_refused_on_and_on_fills_no_disk(
     monkeypatch.setattr("fedbio.federation.desk.REFUSALS_NOTED", 5)
     for site in ("site-1",) * 20 + ("site-2",):
         desk.answered(Result(task="other", site=site))
-        desk.unreadable(site, "nonsense")
+        desk.unreadable(site, "nonsense" * 10_000)
+    assert max(len(reason) for _, reason in reasons(tmp_path)) < 3_000
     assert [site for site, _ in reasons(tmp_path)] == ["site-1"] * 5 + ["site-2"] * 2
     assert caplog.text.count("site-1") == 6
     assert "further refused results are not noted site=site-1 after=5" in caplog.text

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +89,20 @@ def test_foreign_and_future_files_are_refused(tmp_path: Path) -> None:
     state.close()
     with pytest.raises(FormatError, match="state of version 7, this release reads version 3"):
         State(tmp_path / "b")
+
+
+def test_metrics_that_cannot_be_written_leave_the_table_as_it_was_and_open_to_the_next(tmp_path: Path) -> None:
+    state = State(tmp_path)
+    kept = Metric("federated", "8", "test", 0, 1, "accuracy", 0.5)
+    state.add_metrics("study", [kept])
+
+    def broken() -> Iterator[Metric]:
+        yield kept._replace(value=0.9)
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        state.add_metrics("study", broken())
+    assert state.metrics() == [kept]
+    state.add_metrics("study", [kept._replace(round=2)])
+    assert len(State(tmp_path).metrics()) == 2
+    state.close()
