@@ -3,43 +3,60 @@
 The numbers agree with the plain network up to rounding. What is different, and why:
 
 - oneDNN does the linear maps, with weights packed beforehand, and adds bias and GELU while it has the sums in hand.
-- What stands between two attentions is computed for a few hundred tokens at a time, which stay in a core's cache.
-- oneDNN writes a program for every new shape, which takes longer than to run it. So lengths are rounded up: that of a
-  pack to a multiple of 32, that of a protein within attention to a multiple of 16, where neighbours of one rounded
-  length share a product.
+- They take a few hundred tokens at a time, which stay in a core's cache.
+- oneDNN writes a program for every new shape, which takes longer than to run it. So each protein is filled up to a
+  multiple of 16 tokens, and all of them to a multiple of 32. Attention leaves out what was filled in; neighbours of one
+  filled-up length share a call of it, without a copy.
 - One core takes a whole call. Cores that share each product would wait for one another a hundred times in a pack.
 
-Dimension letters as there; P is the rounded length of a protein within attention.
+Dimension letters as there; P is the filled-up length of a protein.
 """
 
 from __future__ import annotations
 
-__all__ = ["CpuEncoder"]
+__all__ = ["CpuEncoder", "filled_up"]
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from typing import cast
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedbio.encoder.linear import Linear, make_linear
-from fedbio.encoder.network import Encoder, Layer, Runs, rotary_tables, turn
+from fedbio.encoder.memory import part_tokens
+from fedbio.encoder.network import Encoder, Layer, Runs, attend, rotary_tables, turn
 from fedbio.weights import EncoderConfig
 
-_ROWS = 512
-_TOKENS_STEP = 32
-_LENGTH_STEP = 16
-# scores of attention that are at hand at once: two megabytes in bfloat16, which a core's cache holds
-_SCORES = 2**20
-# a sum of exponentials beyond these is computed again with the maximum subtracted
-_LEAST, _MOST = 1e-30, 1e30
+_LENGTH_STEP, _TOKENS_STEP = 16, 32
 
 
-def _round_up(length: int, step: int) -> int:
+def filled_up(length: int, step: int = _LENGTH_STEP) -> int:
+    """Return the length that a protein of some tokens has here."""
     return -(-length // step) * step
+
+
+class _Layout(NamedTuple):
+    """Where the tokens of a pack are when its proteins are filled up."""
+
+    places: Tensor
+    """Of each token, shape (T of the pack,)."""
+    groups: list[tuple[int, int, Tensor | None]]
+    """Neighbours of one length: their number N, this length P, and which tokens are real, (N, 1, 1, P), if not all."""
+    tokens: int
+    """T here: real tokens and others."""
+
+
+def _lay_out(runs: Runs) -> _Layout:
+    places, groups, start = [], [], 0
+    for longest, neighbours in itertools.groupby(runs, key=lambda run: filled_up(run[1])):
+        lengths = torch.tensor([length for count, length in neighbours for _ in range(count)])  # (N,)
+        real = torch.arange(longest) < lengths[:, None]  # (N, P)
+        places.append(start + real.flatten().nonzero()[:, 0])
+        groups.append((len(real), longest, None if real.all() else real[:, None, None]))
+        start += real.numel()
+    return _Layout(torch.cat(places), groups, filled_up(start, _TOKENS_STEP))
 
 
 class CpuEncoder:
@@ -63,10 +80,12 @@ class CpuEncoder:
     def __call__(self, tokens: Tensor, runs: Runs, layer: int | None = None) -> Tensor:
         """Encode a pack, see `fedbio.encoder.network.Encoder.forward`."""
         last = len(self._layers) if layer is None else layer
-        x = F.pad(self._network.embed(tokens, runs), (0, 0, 0, -len(tokens) % _TOKENS_STEP))  # (T, D)
+        layout = _lay_out(runs)
+        x = torch.zeros(layout.tokens, self._network.config.width)  # (T, D)
+        x[layout.places] = self._network.embed(tokens, runs)
         for block in self._layers[:last]:
-            block(x, runs)
-        x = x[: len(tokens)]
+            block(x, layout)
+        x = x[layout.places]
         return self._network.final_norm(x) if last == len(self._layers) else x
 
 
@@ -74,88 +93,38 @@ class _CpuLayer:
     def __init__(self, layer: Layer, config: EncoderConfig, make: Callable[..., Linear]) -> None:
         self._heads = config.heads
         self._rotary = config.positions == "rotary"
+        self._part_tokens = part_tokens(config.width)
         self._attention_norm, self._ffn_norm = layer.attention_norm, layer.ffn_norm
-        # queries come out divided by the root of their size
-        scale = torch.ones(3 * config.width, 1)
-        scale[: config.width] = (config.width / config.heads) ** -0.5
-        self._qkv = make(layer.qkv.weight * scale, layer.qkv.bias * scale[:, 0])
+        self._qkv = make(layer.qkv.weight, layer.qkv.bias)
         self._out = make(layer.out.weight, layer.out.bias)
         self._up = make(layer.up.weight, layer.up.bias, activation=config.activation)
         self._down = make(layer.down.weight, layer.down.bias)
 
-    def __call__(self, x: Tensor, runs: Runs) -> None:  # (T, D), changed in place
-        qkv = self._qkv(self._attention_norm(x))  # (T, 3D)
-        mixed = qkv.new_zeros(x.shape)  # (T, D)
-        start = 0
-        for group in _groups(runs):
-            stop = start + sum(count * length for count, length in group)
-            self._attend(qkv[start:stop], mixed[start:stop], group)
-            start = stop
-        for rows, attended in zip(torch.split(x, _ROWS), torch.split(mixed, _ROWS), strict=True):
+    def __call__(self, x: Tensor, layout: _Layout) -> None:  # (T, D), changed in place
+        parts = -(-len(x) // self._part_tokens)
+        size = filled_up(-(-len(x) // parts), _TOKENS_STEP)
+        qkv = _joined([self._qkv(self._attention_norm(rows)) for rows in torch.split(x, size)])  # (T, 3D)
+        mixed = self._attention(qkv, layout)  # (T, D)
+        for rows, attended in zip(torch.split(x, size), torch.split(mixed, size), strict=True):
             rows += self._out(attended)  # (rows, D)
             rows += self._down(self._up(self._ffn_norm(rows)))  # (rows, D)
 
-    def _attend(self, qkv: Tensor, mixed: Tensor, group: Runs) -> None:
-        """Attend within proteins of one rounded length, (T, 3D) into (T, D).
-
-        Beyond a protein's end, queries, keys and values are zero, and so is a last column of the values that is one
-        elsewhere. In the product with the exponentials this column becomes their sum over real keys: to divide by it is
-        the softmax, and no mask is needed.
-        """
-        proteins = sum(count for count, _ in group)
-        size = mixed.shape[1] // self._heads
-        longest = _round_up(group[0][1], _LENGTH_STEP)
-        q, k = qk = qkv.new_empty(2, proteins, self._heads, longest, size)  # (2, N, H, P, E)
-        v = qkv.new_empty(proteins, self._heads, longest, size + 1)  # (N, H, P, E + 1)
-        for which, (length, source) in _proteins(qkv, group, self._heads, mixed.shape[1]):  # (n, L, 3, H, E)
-            q_k_v = source.permute(2, 0, 3, 1, 4)  # (3, n, H, L, E)
-            qk[:, which, :, :length] = q_k_v[:2]
-            qk[:, which, :, length:] = 0
-            v[which, :, :length, :size] = q_k_v[2]
-            v[which, :, :length, size] = 1
-            v[which, :, length:] = 0
-        if self._rotary:
-            cosine, sine = rotary_tables(longest, size, qkv.device)
-            q, k = turn(q, cosine, sine), turn(k, cosine, sine)
-        sums = _weigh(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).view(v.shape)  # (N, H, P, E + 1)
-        for which, (length, target) in _proteins(mixed, group, self._heads, mixed.shape[1]):  # (n, L, 1, H, E)
-            part = sums[which, :, :length].transpose(1, 2)  # (n, L, H, E + 1)
-            torch.div(part[..., :size], part[..., size:], out=target[:, :, 0])  # (n, L, H, E)
+    def _attention(self, qkv: Tensor, layout: _Layout) -> Tensor:
+        """Attend within each protein, (T, 3D) -> (T, D)."""
+        mixed, start = [], 0
+        for proteins, longest, real in layout.groups:
+            stop = start + proteins * longest
+            q_k_v = qkv[start:stop].view(proteins, longest, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
+            q, k, v = q_k_v.unbind()  # (N, H, P, E) each
+            if self._rotary:
+                cosine, sine = rotary_tables(longest, q.shape[-1], q.device)
+                q, k = turn(q, cosine, sine), turn(k, cosine, sine)
+            mixed.append(attend(q, k, v, real).transpose(1, 2).reshape(stop - start, -1))  # (N P, D)
+            start = stop
+        if start < len(qkv):
+            mixed.append(qkv.new_zeros(len(qkv) - start, mixed[0].shape[1]))
+        return _joined(mixed)
 
 
-def _weigh(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Sum up values by the exponentials of their scores, (B, P, E), (B, P, E), (B, P, E + 1) -> (B, P, E + 1).
-
-    The softmax would read the scores three times more, to find a maximum without which no exponential of a usual score
-    is too large for its type; where one is, the sums show it.
-    """
-    longest = q.shape[1]
-    step = max(1, _SCORES // longest**2)
-    scratch = q.new_empty(min(step, len(q)), longest, longest)
-    sums = torch.empty_like(v)
-    for first in range(0, len(q), step):
-        some = slice(first, first + step)
-        scores = torch.bmm(q[some], k[some].mT, out=scratch[: len(q[some])])  # (b, P, P)
-        torch.bmm(scores.exp_(), v[some], out=sums[some])
-        least, most = sums[some, :, -1].aminmax()
-        if not (least > _LEAST and most < _MOST):
-            scores = torch.bmm(q[some], k[some].mT, out=scores)
-            scores.masked_fill_(v[some, None, :, -1] == 0, -torch.inf)
-            torch.bmm(torch.softmax(scores, dim=-1), v[some], out=sums[some])
-    return sums
-
-
-def _groups(runs: Runs) -> Iterator[Runs]:
-    """Neighbours of one rounded length."""
-    for _, group in itertools.groupby(runs, key=lambda run: _round_up(run[1], _LENGTH_STEP)):
-        yield list(group)
-
-
-def _proteins(packed: Tensor, group: Runs, heads: int, width: int) -> Iterator[tuple[slice, tuple[int, Tensor]]]:
-    """Proteins of equal length: which of the group, their length, and what is packed as (n, L, columns / D, H, E)."""
-    parts = packed.view(len(packed), -1, heads, width // heads)
-    first = start = 0
-    for count, length in group:
-        stop = start + count * length
-        yield slice(first, first + count), (length, parts[start:stop].view(count, length, -1, heads, width // heads))
-        first, start = first + count, stop
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

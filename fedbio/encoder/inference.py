@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedbio.encoder.alphabet import ALPHABETS
-from fedbio.encoder.cpu import CpuEncoder
-from fedbio.encoder.memory import PART_TOKENS
+from fedbio.encoder.cpu import CpuEncoder, filled_up
+from fedbio.encoder.memory import part_tokens
 from fedbio.encoder.network import Encoder, Runs, send
 from fedbio.encoder.packs import ENDS, Plan
 from fedbio.encoder.pooling import Pooling, Span, pool
@@ -183,12 +183,13 @@ class Inference:
         """Cut a pack into what one thread computes at a time, whatever the number of threads."""
         if self.device.type != "cpu":
             return [(first, last)]
-        parts, tokens = [first], 0
+        parts, tokens, most = [first], 0, part_tokens(self.config.width)
         for piece, length in enumerate((plan.end[first:last] - plan.begin[first:last] + ENDS).tolist(), start=first):
-            if tokens and tokens + length > PART_TOKENS:
+            here = filled_up(length)
+            if tokens and tokens + here > most:
                 parts.append(piece)
                 tokens = 0
-            tokens += length
+            tokens += here
         return list(itertools.pairwise([*parts, last]))
 
     def _span(self, sequences: Sequence[bytes], plan: Plan, first: int, last: int) -> NDArray[np.float32]:

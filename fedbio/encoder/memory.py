@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 __all__ = [
-    "PART_TOKENS",
     "PROTEIN_BYTES",
+    "SCORES_AT_HAND",
     "bound_kernel_caches",
     "check_memory",
     "fitting_budget",
     "fitting_lanes",
     "needed_bytes",
+    "part_tokens",
     "read_size",
 ]
 
@@ -24,8 +25,12 @@ BASE_BYTES = 450 * 2**20
 """Python, torch, HDF5, and rows on their way to the disk; measured by ``benchmarks/embed_memory.py``."""
 PROTEIN_BYTES = 150
 """What each protein adds to the peak (where its sequence, its twin and its rows are); measured by the same."""
-PART_TOKENS = 1_024
-"""A CPU's thread computes so many at a time: fewer make more small products, more do not stay in its cache."""
+_PART_TOKENS = 512
+"""A CPU's thread computes so many at a time if the encoder is wide: fewer make small products."""
+_PART_NUMBERS = _PART_TOKENS * 768
+"""And so many numbers of the residual stream if it is not: more do not stay in a core's cache."""
+SCORES_AT_HAND = 2**20
+"""Scores of attention that batched products make at a time: two megabytes in bfloat16, which a core's cache holds."""
 _HEAD_PROTEINS = 65_536
 """Proteins that every run has room for: those of a block while it is planned."""
 
@@ -40,6 +45,11 @@ def bound_kernel_caches() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "128")
+
+
+def part_tokens(width: int) -> int:
+    """Return how many tokens a CPU's thread computes at a time with an encoder of some width."""
+    return max(_PART_TOKENS, _PART_NUMBERS // width)
 
 
 def read_size(text: str) -> int:
@@ -89,15 +99,14 @@ def needed_bytes(
     if not on_cpu:
         return fixed
     longest = min(config.max_residues + ENDS, budget)
-    at_once = max(budget, lanes * min(budget, max(PART_TOKENS, longest)))
+    at_once = max(budget, lanes * min(budget, max(part_tokens(config.width), longest)))
     # float32: the stream, its norm, queries, keys, values, attention's output, and the wide layer before and after GELU
     token = 4 * (8 * config.width + 2 * config.ffn)
-    # attention's scores of a pack whose proteins all have the greatest length
-    scores = 2 * 4 * config.heads * longest * at_once
-    return fixed + token * at_once + min(scores, lanes * _MOST_SCORES)
+    # attention's scores that are at hand, their exponentials, and both in float32 on the way
+    scores = 12 * max(SCORES_AT_HAND, longest**2)
+    return fixed + token * at_once + lanes * scores
 
 
-_MOST_SCORES = 2**30
 _ROWS_AHEAD = 1_024
 """Rows that are read, joined and written at once."""
 _PACKS_AHEAD = 4

@@ -17,12 +17,14 @@ from __future__ import annotations
 __all__ = ["Encoder", "LanguageModelHead", "Runs", "attend", "send"]
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedbio.encoder.memory import SCORES_AT_HAND
 from fedbio.weights import EncoderConfig
 
 try:
@@ -70,13 +72,39 @@ def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return (x * cosine + torch.cat((-second, first), dim=-1) * sine).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention of whole proteins, three of (N, H, L, E) -> (N, H, L, E)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # the fused CPU kernel multiplies bfloat16 no faster than float32; oneDNN's batched product does
-        scores = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)  # (N, H, L, L)
-        return scores @ v
-    return F.scaled_dot_product_attention(q, k, v)
+@functools.cache
+def _fused_is_slow(dtype: torch.dtype) -> bool:
+    """Whether the fused attention of a CPU multiplies no faster than in float32: bfloat16, unless in tiles (AMX)."""
+    able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return dtype == torch.bfloat16 and not able.get("amx_bf16")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention of whole proteins.
+
+    Parameters
+    ----------
+    q, k, v : Tensor, shape (N, H, L, E)
+    real : Tensor, shape (N, 1, 1, L), bool, optional
+        Which tokens may be looked at, at least one of each protein; by default all.
+
+    Returns
+    -------
+    Tensor, shape (N, H, L, E)
+    """
+    if q.device.type != "cpu" or not _fused_is_slow(q.dtype):
+        return F.scaled_dot_product_attention(q, k, v, real)
+    # oneDNN's batched products are fast
+    longest, heads = q.shape[2], q.shape[1]
+    mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
+    step = max(1, SCORES_AT_HAND // longest**2)
+    for protein, first in itertools.product(range(len(q)), range(0, heads, step)):
+        some = protein, slice(first, first + step)
+        scores = torch.bmm(q[some] * q.shape[-1] ** -0.5, k[some].mT)  # (h, L, L)
+        if real is not None:
+            scores.masked_fill_(~real[protein], -torch.inf)
+        torch.bmm(torch.softmax(scores, dim=-1), v[some], out=mixed[some])
+    return mixed
 
 
 class Layer(nn.Module):

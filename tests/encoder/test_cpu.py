@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedbio.encoder import cpu
+from fedbio.encoder import cpu, network
 from fedbio.encoder.cpu import CpuEncoder
 from fedbio.encoder.network import Encoder
 from fedbio.weights import EncoderConfig, inference_shapes
@@ -82,24 +82,32 @@ def test_each_model_has_its_own_gelu() -> None:
 
 
 @pytest.mark.parametrize("scale", [10.0, 40.0])
-def test_scores_beyond_the_range_of_exponentials_are_weighed_with_care(
-    scale: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_scores_do_not_overflow(scale: float) -> None:
     plain = encoder(scale)
     expected = run(plain)
-    careful = 0
-
-    def softmax(scores: Tensor, dim: int) -> Tensor:
-        nonlocal careful
-        careful += 1
-        return torch.nn.functional.softmax(scores, dim)
-
-    monkeypatch.setattr(cpu.torch, "softmax", softmax)
-    found = run(CpuEncoder(plain, torch.float32))
-    assert careful > 0
-    error = (found - expected).norm() / expected.norm()
+    error = (run(CpuEncoder(plain, torch.float32)) - expected).norm() / expected.norm()
     assert error < 1e-4  # what rounding of scores in the hundreds leaves
     assert run(CpuEncoder(plain, torch.bfloat16)).isfinite().all()
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_batched_products_attend_like_the_fused_kernel(positions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = encoder(positions=positions)
+    exact = run(plain)
+    monkeypatch.setattr(network, "_fused_is_slow", lambda dtype: True)
+    monkeypatch.setattr(network, "SCORES_AT_HAND", 2 * 100**2)  # two heads at a time, and all of short proteins
+    torch.testing.assert_close(run(CpuEncoder(plain, torch.float32)), exact, rtol=0, atol=1e-5)
+    error = (run(CpuEncoder(plain, torch.bfloat16)) - exact).norm() / exact.norm()
+    assert error < 0.02
+
+
+def test_processors_without_tiles_multiply_bfloat16_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    network._fused_is_slow.cache_clear()
+    for able, slow in (({"avx512_bf16": True}, True), ({"avx512_bf16": True, "amx_bf16": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
+        assert network._fused_is_slow(torch.bfloat16) is slow
+        assert not network._fused_is_slow(torch.float32)
+        network._fused_is_slow.cache_clear()
 
 
 def test_a_protein_does_not_depend_on_its_mates() -> None:
@@ -113,6 +121,6 @@ def test_a_protein_does_not_depend_on_its_mates() -> None:
 def test_small_products_give_what_one_large_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = CpuEncoder(encoder(), torch.float32)
     expected = run(fast)
-    monkeypatch.setattr(cpu, "_SCORES", 1)
-    monkeypatch.setattr(cpu, "_ROWS", 96)
+    monkeypatch.setattr(cpu, "part_tokens", lambda width: 96)
+    fast = CpuEncoder(encoder(), torch.float32)
     torch.testing.assert_close(run(fast), expected, rtol=0, atol=1e-5)

@@ -113,7 +113,7 @@ def test_every_pooling_is_one_of_the_same_residues(tiny_weights: Weights, window
 def test_bytes_depend_on_the_plan_alone(
     tiny_weights: Weights, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "PART_TOKENS", 40)
+    monkeypatch.setattr(inference, "part_tokens", lambda width: 48)
     random = np.random.default_rng(3)
     sequences = [bytes(random.choice(list(b"ACDEFGHIKL"), length).tolist()) for length in random.integers(1, 33, 40)]
     plan = make_plan([len(s) for s in sequences], max_residues=32, windows=False, budget=200)
