@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedbio.encoder.alphabet import ALPHABETS
+from fedbio.encoder.cpu import CpuEncoder
 from fedbio.encoder.network import Encoder
 from fedbio.weights import EncoderConfig, Weights
 
@@ -24,11 +25,11 @@ def randomize(model: torch.nn.Module, seed: int = 3) -> torch.nn.Module:
 
 
 def hidden_and_logits(
-    config: EncoderConfig, weights: Weights, sequences: list[str] = SEQUENCES
+    config: EncoderConfig, weights: Weights, sequences: list[str] = SEQUENCES, *, on_cpu: bool = False
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
     """Our hidden states (L, D) and, with a head, logits (L, V) of each protein, start and end tokens included.
 
-    All proteins are in one pack, the longest first.
+    All proteins are in one pack, the longest first. They go through the plain network, or through that of CPUs.
     """
     alphabet = ALPHABETS[config.alphabet]
     head = "lm_head.bias" in weights
@@ -36,8 +37,9 @@ def hidden_and_logits(
     network.load_state_dict({name: torch.from_numpy(tensor.copy()) for name, tensor in weights.items()})
     rows = [[alphabet.start, *alphabet.encode(sequence).tolist(), alphabet.end] for sequence in sequences]
     lengths = [len(row) for row in rows]
+    encode = CpuEncoder(network, torch.float32) if on_cpu else network
     with torch.no_grad():
-        hidden = network(torch.tensor([token for row in rows for token in row]), [(1, length) for length in lengths])
+        hidden = encode(torch.tensor([token for row in rows for token in row]), [(1, length) for length in lengths])
         logits = network.logits(hidden) if head else None
     parts = [part.float().numpy() for part in hidden.split(lengths)]
     if logits is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def assert_parity(model: Any, path: Path) -> None:
     _, _, tokens = convert([(str(number), sequence) for number, sequence in enumerate(SEQUENCES)])
     with torch.no_grad():
         theirs = model(tokens, repr_layers=[2])
-    for row, (hidden, logits) in enumerate(hidden_and_logits(*load_encoder_weights(path))):
+    ours = [hidden_and_logits(*load_encoder_weights(path), on_cpu=on_cpu) for on_cpu in (False, True)]
+    for row, (hidden, logits) in itertools.chain(*map(enumerate, ours)):
         length = len(SEQUENCES[row]) + 2
         assert_close(hidden, theirs["representations"][2][row, :length].numpy())
         assert_close(logits, theirs["logits"][row, :length].numpy())

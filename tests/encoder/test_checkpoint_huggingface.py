@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def assert_parity(model: Any, config: EncoderConfig, weights: Weights) -> None:
     with torch.no_grad():
         theirs = model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
     last = theirs.hidden_states[-1] if hasattr(theirs, "logits") else theirs.last_hidden_state
-    for row, (hidden, logits) in enumerate(hidden_and_logits(config, weights)):
+    ours = [hidden_and_logits(config, weights, on_cpu=on_cpu) for on_cpu in (False, True)]
+    for row, (hidden, logits) in itertools.chain(*map(enumerate, ours)):
         length = len(SEQUENCES[row]) + 2
         assert_close(hidden, last[row, :length].numpy())
         if hasattr(theirs, "logits"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import math
 import tarfile
 from collections.abc import Callable
@@ -175,7 +176,8 @@ def test_an_archive_computes_what_megatron_computes(tmp_path: Path, prefix: str,
     assert (loaded.form, config.name, config.trained, config.vocabulary, config.max_residues, config.activation) == (
         "nemo", "esm1nv", True, 128, 62, "gelu_tanh",
     )  # fmt: skip
-    for sequence, (hidden, logits) in zip(SEQUENCES, hidden_and_logits(config, loaded.weights), strict=True):
+    ours = [hidden_and_logits(config, loaded.weights, on_cpu=on_cpu) for on_cpu in (False, True)]
+    for sequence, (hidden, logits) in zip(SEQUENCES * 2, itertools.chain(*ours), strict=True):
         their_hidden, their_logits = megatron_forward(state, numbers(sequence))
         assert_close(hidden, their_hidden.astype(np.float32))
         assert_close(logits, their_logits.astype(np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -117,6 +118,34 @@ def children(parent: int) -> list[int]:
         return []
 
 
+def begun_workers(process: subprocess.Popen[bytes]) -> list[int]:
+    """Wait until both workers are there."""
+    deadline = time.monotonic() + 60
+    while len(workers := children(process.pid)) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(workers) == 2
+    return workers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_worker_that_is_killed_stops_the_others_at_once(
+    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, killed: int
+) -> None:
+    source, output = write_fasta([20 + number % 7 for number in range(20_000)]), tmp_path / "out.h5"
+    with subprocess.Popen([sys.executable, "-c", TWO_WORKERS, source, output, tiny], stderr=subprocess.PIPE) as process:
+        workers = begun_workers(process)
+        os.kill(workers[killed], signal.SIGKILL)
+        _, error = process.communicate(timeout=60)
+    assert b"ended with code -9; run the same command again, what is finished is kept" in error
+    assert [each for each in workers if is_alive(each)] == []
+    report = embed_file(source, output, encoder=tiny, batch_residues=100, dtype="float32")
+    # had the other one not been stopped, at least its half would be there
+    assert report.resumed < 9_000
+    embed_file(source, tmp_path / "whole.h5", encoder=tiny, batch_residues=100, dtype="float32")
+    assert output.read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
 def test_workers_do_not_outlive_the_process_that_started_them(
@@ -127,10 +156,7 @@ def test_workers_do_not_outlive_the_process_that_started_them(
         [sys.executable, "-c", TWO_WORKERS, source, tmp_path / "out.h5", tiny], stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 60
-        while len(workers := children(process.pid)) < 2 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert len(workers) == 2
+        workers = begun_workers(process)
     finally:
         process.send_signal(signal_number)
         process.wait(60)
