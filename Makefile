@@ -19,7 +19,7 @@ test: $(INSTALLED)
 	@$(BIN)/python -m pytest -m "not slow and not faults"
 
 test-all: $(INSTALLED)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
