@@ -1,8 +1,9 @@
 """Measure how fast proteins become embeddings: against this machine's matrix product, fair-esm and transformers.
 
 Everything is measured in one run, in turns, and the best turn of each counts, so that other work on the machine falls
-on all alike. Peers run networks of the same size over the same proteins, sorted by length, 4,096 tokens in a padded
-batch: fair-esm's ProteinBertModel as its extract script does, and transformers' EsmModel in float32 and bfloat16.
+on all alike. Peers run networks of the same size over the same proteins, sorted by length, in padded batches:
+fair-esm's ProteinBertModel with 4,096 tokens, as its extract script does, and transformers' EsmModel in float32 and
+bfloat16 with as many as suit it best on the machine, of 512, 1,024 and 4,096.
 Whole files include all that happens between a FASTA file and the means on the disk, and making the encoder ready;
 transformers' weights come from a folder in their own arithmetic, and its means go into one file.
 
@@ -50,7 +51,8 @@ from fedbio.weights import ESM1NV, EncoderConfig
 Work = Callable[[], object]
 
 ROWS = {"cpu": (512, 2048), "cuda": (65_536,)}
-PEER_TOKENS = 4096
+PEER_TOKENS = (512, 1024, 4096)
+"""Of a padded batch; fair-esm takes the last."""
 READY_SECONDS = 3.0
 
 
@@ -101,11 +103,11 @@ class Ours:
             )
 
 
-def sorted_batches(sequences: list[bytes]) -> list[list[int]]:
-    """Numbers of proteins by batch: longest last, `PEER_TOKENS` with padding at most."""
+def sorted_batches(sequences: list[bytes], most: int) -> list[list[int]]:
+    """Numbers of proteins by batch: longest last, and at most so many tokens with padding, or one protein."""
     batches: list[list[int]] = [[]]
     for number in sorted(range(len(sequences)), key=lambda number: len(sequences[number])):
-        if batches[-1] and (len(sequences[number]) + ENDS) * (len(batches[-1]) + 1) > PEER_TOKENS:
+        if batches[-1] and (len(sequences[number]) + ENDS) * (len(batches[-1]) + 1) > most:
             batches.append([])
         batches[-1].append(number)
     return batches
@@ -141,7 +143,7 @@ class FairEsm:
         convert = alphabet.get_batch_converter(self.config.max_residues)
         data = esm.FastaBatchedDataset.from_file(self.fasta)
         layers = self.config.layers
-        for batch in data.get_batch_indices(PEER_TOKENS, extra_toks_per_seq=1):
+        for batch in data.get_batch_indices(PEER_TOKENS[-1], extra_toks_per_seq=1):
             labels, strings, tokens = convert([data[number] for number in batch])
             hidden = model(tokens.to(self.device), repr_layers=[layers])["representations"][layers].cpu()
             for row, label, string in zip(hidden, labels, strings, strict=True):
@@ -183,6 +185,14 @@ class Transformers:
         self.folder = fasta.parent / f"transformers-{str(dtype).removeprefix('torch.')}"
         EsmModel(options, add_pooling_layer=False).to(dtype).save_pretrained(self.folder)
         self.model = self.load()
+        some = sequences[:24]
+        self.tokens = PEER_TOKENS[0]
+        self.means(self.model, some)
+        taken = {}
+        for self.tokens in PEER_TOKENS:
+            taken[self.tokens] = min(seconds(lambda: self.means(self.model, some), device) for _ in range(2))
+        self.tokens = min(taken, key=taken.__getitem__)
+        print(f"transformers {dtype} in batches of {self.tokens} tokens", file=sys.stderr)
 
     def load(self) -> Any:
         """Make the model ready."""
@@ -194,7 +204,7 @@ class Transformers:
     def means(self, model: Any, sequences: list[bytes]) -> list[torch.Tensor]:
         """Return the means, in the order of batches."""
         alphabet, means = ALPHABETS["esm"], []
-        for batch in sorted_batches(sequences):
+        for batch in sorted_batches(sequences, self.tokens):
             lengths = [len(sequences[number]) for number in batch]
             tokens = torch.ones(len(batch), max(lengths) + ENDS, dtype=torch.int64)
             for row, number in zip(tokens, batch, strict=True):
@@ -237,11 +247,11 @@ class Alone:
         self.stream, self.wide = torch.randn(tokens, width).to(dtype), torch.randn(tokens, config.ffn).to(dtype)
         self.qkv = torch.randn(tokens, 3 * width).to(dtype).view(1, tokens, 3, config.heads, -1).permute(2, 0, 3, 1, 4)
         self.todo = self.PROTEINS * threads * float(operations(config, np.array([float(tokens)]))[0])
-        self.threads = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-        self.count, self.best = threads, 0.0
+        self.threads, self.best = threads, 0.0
 
     def lane(self) -> None:
         """Compute the share of one thread."""
+        torch.set_num_threads(1)
         with torch.inference_mode():
             for _ in range(self.PROTEINS):
                 for number, linear in enumerate(self.maps):
@@ -251,8 +261,10 @@ class Alone:
 
     def run(self) -> None:
         """Compute that of all threads."""
-        for lane in [self.threads.submit(self.lane) for _ in range(self.count)]:
-            lane.result()
+        with ThreadPoolExecutor(self.threads) as lanes:
+            for lane in [lanes.submit(self.lane) for _ in range(self.threads)]:
+                lane.result()
+        torch.set_num_threads(self.threads)  # that of threads to come, which the last one has set
 
     def measure(self) -> None:
         """Run once."""

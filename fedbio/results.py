@@ -114,9 +114,10 @@ class EncoderInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     def differing(self, other: EncoderInfo) -> list[str]:
         """Name the fields in which two differ, in order, and of several that differ for one reason only that one.
 
-        The perplexity is not among them: it is told of the weights, and they have their SHA-256.
+        The perplexity and, of weights whose SHA-256 agree, their name are not among them: they are told of the weights.
         """
-        told = ("perplexity",)
+        known = self.weights_sha256 == other.weights_sha256 and len(self.weights_sha256) == 64
+        told = ("perplexity", "name") if known else ("perplexity",)
         names = [
             name for name in self.__struct_fields__ if name not in told and getattr(self, name) != getattr(other, name)
         ]

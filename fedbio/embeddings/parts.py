@@ -154,6 +154,14 @@ class Parts:
             start = self._ends[place]
         return True
 
+    def held(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether each of some rows is safe, shape (m,)."""
+        if not self._starts:
+            return np.zeros(len(rows), dtype=np.bool_)
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        safe: NDArray[np.bool_] = (shards >= 0) & (rows < np.array(self._ends)[shards])
+        return safe
+
     def append(self, start: int, vectors: Floats) -> None:
         """Add the rows from number `start`, shape (rows, d); they are safe once a shard is written."""
         if self._pending and self._pending_end != start:

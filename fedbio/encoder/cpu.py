@@ -5,8 +5,8 @@ The numbers agree with the plain network up to rounding. What is different, and 
 - oneDNN does the linear maps, with weights packed beforehand, and adds bias and GELU while it has the sums in hand.
 - They take a few hundred tokens at a time, which stay in a core's cache.
 - oneDNN writes a program for every new shape, which takes longer than to run it. So each protein is filled up to a
-  multiple of 16 tokens, and all of them to a multiple of 32. Attention leaves out what was filled in; neighbours of one
-  filled-up length share a call of it, without a copy.
+  multiple of 16 tokens (a short one of 4 or 8), and all of them to a multiple of 32. Attention leaves out what was
+  filled in; neighbours of one filled-up length share a call of it, without a copy.
 - One core takes a whole call. Cores that share each product would wait for one another a hundred times in a pack.
 
 Dimension letters as there; P is the filled-up length of a protein.
@@ -29,12 +29,16 @@ from fedbio.encoder.memory import part_tokens
 from fedbio.encoder.network import Encoder, Layer, Runs, attend, rotary_tables, turn
 from fedbio.weights import EncoderConfig
 
-_LENGTH_STEP, _TOKENS_STEP = 16, 32
+_TOKENS_STEP = 32
 
 
-def filled_up(length: int, step: int = _LENGTH_STEP) -> int:
+def filled_up(length: int) -> int:
     """Return the length that a protein of some tokens has here."""
-    return -(-length // step) * step
+    return _round_up(length, 4 if length <= 64 else 8 if length <= 256 else 16)
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 class _Layout(NamedTuple):
@@ -56,7 +60,7 @@ def _lay_out(runs: Runs) -> _Layout:
         places.append(start + real.flatten().nonzero()[:, 0])
         groups.append((len(real), longest, None if real.all() else real[:, None, None]))
         start += real.numel()
-    return _Layout(torch.cat(places), groups, filled_up(start, _TOKENS_STEP))
+    return _Layout(torch.cat(places), groups, _round_up(start, _TOKENS_STEP))
 
 
 class CpuEncoder:
@@ -102,7 +106,7 @@ class _CpuLayer:
 
     def __call__(self, x: Tensor, layout: _Layout) -> None:  # (T, D), changed in place
         parts = -(-len(x) // self._part_tokens)
-        size = filled_up(-(-len(x) // parts), _TOKENS_STEP)
+        size = _round_up(-(-len(x) // parts), _TOKENS_STEP)
         qkv = _joined([self._qkv(self._attention_norm(rows)) for rows in torch.split(x, size)])  # (T, 3D)
         mixed = self._attention(qkv, layout)  # (T, D)
         for rows, attended in zip(torch.split(x, size), torch.split(mixed, size), strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["Estimate", "estimate_file", "operations"]
 
-import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from fedbio.compartments import COMPARTMENTS
 from fedbio.embeddings import RESIDUES
+from fedbio.encoder.memory import grown_bytes
 from fedbio.encoder.packs import ENDS
 from fedbio.encoder.room import disk_bytes
 from fedbio.encoder.setup import EncoderChoice, Setup
@@ -47,7 +47,8 @@ class Estimate:
     residues_per_second : float
         Over what the encoder sees of the proteins.
     memory_bytes, device_bytes, disk_bytes : int
-        Peak memory of the process and of the accelerator, and room for temporary files, the parts and the file.
+        Memory that the processes may take (what ``--memory`` is held against), the accelerator's peak for the packs
+        that were measured, and room for temporary files, the parts and the file.
     file_bytes : int
         Of the finished file alone.
     device : str
@@ -95,7 +96,8 @@ def estimate_file(
     with Source(source, folder, labels=labels, classes=classes, skip_invalid=skip_invalid) as proteins:
         work = Work(proteins.distinct, setup.info, budget=setup.budget)
         devices = choose_devices(choice.device, work.residues)
-        total = _measure(setup, work) / len(devices)
+        # processes on the CPU share the threads that were measured
+        total = _measure(setup, work) / (1 if setup.device.type == "cpu" else len(devices))
         info = setup.info
         rows = int(count_residues(proteins.lengths, info).sum()) if info.pooling == RESIDUES else len(proteins)
         temporary = int(proteins.distinct.lengths.sum(dtype=np.int64)) + TEMPORARY_BYTES * len(proteins)
@@ -106,7 +108,7 @@ def estimate_file(
             pieces=int(work.pieces.sum()),
             seconds=total,
             residues_per_second=work.residues / total,
-            memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            memory_bytes=grown_bytes(len(proteins), setup.needed_bytes) * len(devices),
             device_bytes=torch.cuda.max_memory_allocated(setup.device) if setup.device.type == "cuda" else 0,
             disk_bytes=temporary + disk_bytes(info, proteins=len(proteins), rows=rows, waiting=work.rows),
             file_bytes=disk_bytes(info, proteins=len(proteins), rows=rows, waiting=0),

@@ -7,6 +7,7 @@ __all__ = ["Inference", "choose_device", "choose_dtype"]
 import itertools
 import logging
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -145,6 +146,8 @@ class Inference:
             # while one waits for its vectors, the other makes the next pack ready
             self._lanes = _lanes(2)
         torch.set_num_threads(threads)
+        # of an accelerator's memory, as far as it has been found out
+        self._most_tokens = part_tokens(config.width) if device.type == "cpu" else sys.maxsize
 
     def pack(self, sequences: Sequence[bytes], plan: Plan, number: int) -> NDArray[np.float32]:
         """Embed the pieces of one pack.
@@ -181,9 +184,7 @@ class Inference:
 
     def _parts(self, plan: Plan, first: int, last: int) -> list[tuple[int, int]]:
         """Cut a pack into what one thread computes at a time, whatever the number of threads."""
-        if self.device.type != "cpu":
-            return [(first, last)]
-        parts, tokens, most = [first], 0, part_tokens(self.config.width)
+        parts, tokens, most = [first], 0, self._most_tokens
         for piece, length in enumerate((plan.end[first:last] - plan.begin[first:last] + ENDS).tolist(), start=first):
             here = filled_up(length)
             if tokens and tokens + here > most:
@@ -195,7 +196,9 @@ class Inference:
     def _span(self, sequences: Sequence[bytes], plan: Plan, first: int, last: int) -> NDArray[np.float32]:
         try:
             return self._compute(sequences, plan, first, last)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+                raise
             if last - first == 1:
                 raise MachineError(
                     f"{self.device}: not enough memory for one protein of {plan.end[first] - plan.begin[first]} "
@@ -204,7 +207,10 @@ class Inference:
         # outside of the handler, whose exception holds on to what it was made with
         torch.cuda.empty_cache()
         middle = (first + last) // 2
-        log.warning("out of memory on %s, pack halved pieces=%d", self.device, last - first)
+        tokens = int((plan.end[first:last] - plan.begin[first:last] + ENDS).sum())
+        # later packs are cut from the start
+        self._most_tokens = min(self._most_tokens, max(tokens // 2, 1))
+        log.warning("out of memory on %s, packs halved tokens=%d", self.device, self._most_tokens)
         halves = [self._span(sequences, plan, first, middle), self._span(sequences, plan, middle, last)]
         return np.concatenate(halves)
 

@@ -9,6 +9,7 @@ __all__ = [
     "check_memory",
     "fitting_budget",
     "fitting_lanes",
+    "grown_bytes",
     "needed_bytes",
     "part_tokens",
     "read_size",
@@ -49,7 +50,7 @@ def bound_kernel_caches() -> None:
 
 def part_tokens(width: int) -> int:
     """Return how many tokens a CPU's thread computes at a time with an encoder of some width."""
-    return max(_PART_TOKENS, _PART_NUMBERS // width)
+    return max(_PART_TOKENS, _PART_NUMBERS // width // 32 * 32)
 
 
 def read_size(text: str) -> int:
@@ -98,8 +99,9 @@ def needed_bytes(
     fixed += 4 * wider * (_ROWS_AHEAD + _PACKS_AHEAD * budget // _SHORT_TOKENS)
     if not on_cpu:
         return fixed
-    longest = min(config.max_residues + ENDS, budget)
-    at_once = max(budget, lanes * min(budget, max(part_tokens(config.width), longest)))
+    # a protein is never divided, whatever the budget
+    longest = config.max_residues + ENDS
+    at_once = max(budget, lanes * max(min(budget, part_tokens(config.width)), longest))
     # float32: the stream, its norm, queries, keys, values, attention's output, and the wide layer before and after GELU
     token = 4 * (8 * config.width + 2 * config.ffn)
     # attention's scores that are at hand, their exponentials, and both in float32 on the way
@@ -174,6 +176,11 @@ def fitting_lanes(
     return max((lanes for lanes in range(1, threads + 1) if needed_by(lanes) <= memory), default=1)
 
 
+def grown_bytes(proteins: int, needed: int) -> int:
+    """Return the memory of this process for so many proteins, of which `needed` holds a block's."""
+    return needed + max(proteins - _HEAD_PROTEINS, 0) * PROTEIN_BYTES
+
+
 def check_memory(proteins: int, needed: int, memory: int | None) -> None:
     """Refuse more proteins than memory has room for.
 
@@ -182,7 +189,7 @@ def check_memory(proteins: int, needed: int, memory: int | None) -> None:
     MachineError
         Saying how much they need.
     """
-    grown = needed + max(proteins - _HEAD_PROTEINS, 0) * PROTEIN_BYTES
+    grown = grown_bytes(proteins, needed)
     if memory is not None and grown > memory:
         raise MachineError(
             f"memory of {memory / 2**20:,.0f} MiB: {proteins:,} proteins take about {grown / 2**20:,.0f} MiB; "

@@ -1,7 +1,7 @@
 """The encoder network: ESM-1nv, and with other settings ESM-1b, ESM-1v and ESM-2, on packed proteins.
 
 A pack is several proteins laid end to end, each with its start and end token, without padding: everything but
-attention works on single tokens, and attention looks at one protein at a time. No mask exists anywhere.
+attention works on single tokens, and attention looks at one protein at a time.
 
 References
 ----------
@@ -96,15 +96,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> Tenso
         return F.scaled_dot_product_attention(q, k, v, real)
     # oneDNN's batched products are fast
     longest, heads = q.shape[2], q.shape[1]
-    mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
+    mixed = []
     step = max(1, SCORES_AT_HAND // longest**2)
     for protein, first in itertools.product(range(len(q)), range(0, heads, step)):
         some = protein, slice(first, first + step)
         scores = torch.bmm(q[some] * q.shape[-1] ** -0.5, k[some].mT)  # (h, L, L)
         if real is not None:
             scores.masked_fill_(~real[protein], -torch.inf)
-        torch.bmm(torch.softmax(scores, dim=-1), v[some], out=mixed[some])
-    return mixed
+        mixed.append(torch.bmm(torch.softmax(scores, dim=-1), v[some]))  # (h, L, E)
+    return torch.cat(mixed).view(q.shape)
 
 
 class Layer(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["check_room", "clear_leftovers", "disk_bytes"]
 
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -77,7 +78,8 @@ def free_bytes(folder: Path) -> int:
 
 def clear_leftovers(target: Path) -> None:
     """Delete files that runs killed while they wrote the output have left; the caller holds its lock."""
+    ours = re.compile(rf"\.{re.escape(target.name)}\.\d+\.\d+\.part")  # not those of an output whose name goes on
     for beside in target.parent.iterdir():
-        if beside.name.startswith(f".{target.name}.") and beside.name.endswith(".part"):
+        if ours.fullmatch(beside.name):
             log.info("unfinished file of a killed run deleted file=%s", beside)
             beside.unlink(missing_ok=True)

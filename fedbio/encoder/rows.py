@@ -120,7 +120,7 @@ class Assembly:
         """How many distinct sequences have rows in the parts."""
         if not self._parts.done:
             return 0
-        held = np.fromiter((self._parts.holds(row, row + 1) for row in self._starts.tolist()), np.bool_)
+        held = self._parts.held(self._starts)
         return int(np.logical_or.reduceat(held, self._firsts[:-1]).sum()) if len(held) else 0
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:

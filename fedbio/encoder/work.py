@@ -91,7 +91,7 @@ class Work:
         digests : iterable of ndarray, shape (m, 32), uint8
             SHA-256 of the sequences in order, in any division.
         """
-        named = hashlib.sha256(b"blocks 1 %d %d %d " % (BLOCK_PROTEINS, BLOCK_RESIDUES, self.budget))
+        named = hashlib.sha256(b"blocks 2 %d %d %d " % (BLOCK_PROTEINS, BLOCK_RESIDUES, self.budget))
         for some in digests:
             named.update(some.tobytes())
         return named.hexdigest()

@@ -165,11 +165,32 @@ def test_a_pack_that_does_not_fit_is_halved(tiny_weights: Weights, caplog: pytes
     cramped.spans = []
     with caplog.at_level(logging.WARNING):
         np.testing.assert_allclose(cramped.pack(SEQUENCES, plan, 0), whole, rtol=1e-5, atol=1e-5)
-    assert cramped.spans == [(0, 3), (3, 5), (5, 7)]
-    assert caplog.messages == [
-        "out of memory on cpu, pack halved pieces=7",
-        "out of memory on cpu, pack halved pieces=4",
-    ]
+        assert cramped.spans == [(0, 3), (3, 5), (5, 7)]
+        warnings = ["out of memory on cpu, packs halved tokens=27", "out of memory on cpu, packs halved tokens=11"]
+        assert caplog.messages == warnings
+        # what follows is cut from the start
+        np.testing.assert_allclose(cramped.pack(SEQUENCES, plan, 0), whole, rtol=1e-5, atol=1e-5)
+    assert caplog.messages == warnings
+
+
+def test_products_that_find_no_memory_are_halved_like_the_rest(
+    tiny_weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan([len(s) for s in SEQUENCES], max_residues=32, windows=False, budget=1000)
+    inference = Inference(TINY, tiny_weights, device=CPU, dtype=torch.float32, threads=1)
+    whole, compute = inference.pack(SEQUENCES, plan, 0), inference._compute
+    errors = [RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")]
+
+    def once(*arguments: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return compute(*arguments)
+
+    monkeypatch.setattr(inference, "_compute", once)
+    np.testing.assert_allclose(inference.pack(SEQUENCES, plan, 0), whole, rtol=1e-5, atol=1e-5)
+    errors.append(RuntimeError("another error"))
+    with pytest.raises(RuntimeError, match="another error"):
+        inference.pack(SEQUENCES, plan, 0)
 
 
 def test_one_protein_that_does_not_fit_ends_the_run(tiny_weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:

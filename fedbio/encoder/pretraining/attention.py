@@ -60,9 +60,10 @@ def _fused(qkv: Tensor, runs: Runs, heads: int, *, rotary: bool) -> Tensor:
 
 
 class _Packed(torch.autograd.Function):
-    """Attention on a CPU as batched products, whose bfloat16 form oneDNN multiplies several times faster than SDPA's.
+    """Attention on a CPU as batched products.
 
-    The shares (softmax of the scores) are kept for the way back.
+    Without AMX, oneDNN multiplies bfloat16 in these several times faster than PyTorch's fused kernel does. The shares
+    (softmax of the scores) are kept for the way back.
     """
 
     @staticmethod

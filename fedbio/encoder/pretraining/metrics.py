@@ -23,7 +23,7 @@ class Metrics:
     ----------
     folder : Path
     step : int
-        Updates that the checkpoint knows of.
+        Updates that the checkpoint knows of; -1 without a checkpoint.
     tensorboard : bool
         Use TensorBoard if it is installed.
     """

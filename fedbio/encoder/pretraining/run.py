@@ -148,7 +148,13 @@ def pretrain(
         processes.wait()
         if processes.rank != 0:
             corpus = corpus_of(output / "corpus", inputs, build=False)
-        run = _Run(output, corpus, start, recipe_for(corpus), options, processes, device)
+        recipe = recipe_for(corpus)
+        if recipe.packs < processes.world:
+            raise SettingsError(
+                f"--packs {recipe.packs}: an update has fewer packs than there are processes ({processes.world}), of "
+                f"which some would do nothing; give --packs {processes.world} or more, or start fewer processes"
+            )
+        run = _Run(output, corpus, start, recipe, options, processes, device)
         return run.go(begun)
 
 
@@ -278,7 +284,8 @@ class _Run:
         left = self.recipe.steps - progress.step
         with contextlib.ExitStack() as stack:
             if self.first:
-                metrics = Metrics(self.output, step=progress.step, tensorboard=options.tensorboard)
+                known = progress.step if progress.step or progress.curve else -1
+                metrics = Metrics(self.output, step=known, tensorboard=options.tensorboard)
                 stack.callback(metrics.close)
                 bar = stack.enter_context(Progress(f"{self.start.config.name}: updates", total=left, unit="updates"))
             coming = stack.enter_context(
