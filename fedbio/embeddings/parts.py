@@ -26,6 +26,8 @@ from fedbio.results import EncoderInfo
 
 log = logging.getLogger(__name__)
 
+_MANIFEST = "manifest.json"
+
 _VERSION = 2
 _READ_BYTES = 2**20
 _NAME = re.compile(r"(\d{14})-(\d{14})\.([0-9a-f]{32})\.f32")
@@ -85,19 +87,28 @@ class Parts:
         """Where the parts of an output are kept."""
         return output.with_name(output.name + ".parts")
 
+    @classmethod
+    def begun(cls, output: Path) -> tuple[str, EncoderInfo] | None:
+        """Return the name of the work on an output that has finished shards, and its encoder, or None.
+
+        Raises
+        ------
+        FormatError
+            If the manifest is damaged.
+        """
+        folder = cls.folder_of(output)
+        if not (folder / _MANIFEST).is_file() or next(folder.glob("*.f32"), None) is None:
+            return None
+        found, info = _read_manifest(folder / _MANIFEST)
+        return str(found.get("work")), info
+
     def _open(self, manifest: dict[str, Any], info: EncoderInfo) -> None:
-        path = self.folder / "manifest.json"
+        path = self.folder / _MANIFEST
         if path.is_file():
-            try:
-                found = json.loads(path.read_bytes())
-                begun_with = msgspec.convert(found.pop("encoder"), EncoderInfo)
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise FormatError(f"{path}: damaged; delete the folder {self.folder.name}") from error
-            remedy = f"give the settings as before, or delete {self.folder}"
+            found, begun_with = _read_manifest(path)
             if next(self.folder.glob("*.f32"), None) is not None:
+                remedy = f"give the settings as before, or delete {self.folder}"
                 check_same_encoder(begun_with, info, where=str(path), remedy=remedy)
-                if found != manifest:
-                    log.warning("unfinished work on other proteins thrown away folder=%s", self.folder)
             if found == manifest and not begun_with.differing(info):
                 self._find(trusted=False)
                 return
@@ -225,6 +236,14 @@ class Parts:
     def remove(self) -> None:
         """Delete the folder, after the output is there."""
         shutil.rmtree(self.folder)
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any], EncoderInfo]:
+    try:
+        found = json.loads(path.read_bytes())
+        return found, msgspec.convert(found.pop("encoder"), EncoderInfo)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise FormatError(f"{path}: damaged; delete the folder {path.parent.name}") from error
 
 
 def _write_all(descriptor: int, block: Floats) -> None:

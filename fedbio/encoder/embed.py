@@ -4,8 +4,8 @@ from __future__ import annotations
 
 __all__ = ["EmbedReport", "embed_file"]
 
+import contextlib
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from fedbio.encoder.room import check_room, clear_leftovers
 from fedbio.encoder.rows import Assembly, KnownRows
 from fedbio.encoder.setup import EncoderChoice, Setup
 from fedbio.encoder.source import Source, StrPath
+from fedbio.encoder.unfinished import forget, keep_rows, kept_file, record
 from fedbio.encoder.work import Work, count_residues
 from fedbio.encoder.workers import choose_devices, compute_with_workers
 from fedbio.encoder_names import DEFAULT_ENCODER
@@ -46,7 +47,7 @@ class EmbedReport:
     cut, windowed : int
         Proteins longer than the encoder takes, by what was done with them.
     reused : int
-        Proteins whose rows came from an earlier embeddings file.
+        Proteins whose rows came from an earlier embeddings file, or from a run on others that was broken off.
     resumed : int
         Distinct sequences that an interrupted run had finished.
     seconds : float
@@ -185,8 +186,7 @@ def _is_finished(target: Path, proteins: Source, info: EncoderInfo) -> bool:
         check_same_encoder(there.info, info, where=str(target), remedy="give another output, or delete this one")
         if not proteins.is_in(there):
             return False
-    # a run that was killed after its last step left them
-    shutil.rmtree(Parts.folder_of(target), ignore_errors=True)
+    forget(target)  # a run that was killed after its last step left them
     return True
 
 
@@ -197,15 +197,13 @@ def _embed(target: Path, setup: Setup, proteins: Source, reuse: Path | None, lab
             f"{target}: holds the embeddings of other proteins; give another output, or leave --reuse "
             "out to bring this one up to date"
         )
-    with KnownRows(target if target.exists() else reuse, setup.info, proteins) as known:
-        if target.exists():
-            _check_update(target, proteins, known, asked=reuse is not None)
-        work = Work(proteins.distinct.those(known.places < 0), setup.info, budget=setup.budget)
-        name = work.name(_fresh_digests(proteins, known))
+    known, work, name = _plan(target, setup, proteins, reuse)
+    with known:
         parts = Parts(target, info=setup.info, work=name, rows=work.rows)
         rows = count_residues(proteins.lengths, setup.info) if setup.info.pooling == RESIDUES else None
         check_room(target, setup.info, proteins=len(proteins), rows=rows, waiting=work.rows - parts.done)
-        assembly = Assembly(proteins, known, work, parts)
+        record(parts.folder, work, _fresh_digests(proteins, known))
+        assembly = Assembly(proteins.numbers, known, work, parts)
         resumed = assembly.begun()
         if parts.done < work.rows:
             with Progress(label, total=work.residues, unit="residues") as progress:
@@ -222,8 +220,26 @@ def _embed(target: Path, setup: Setup, proteins: Source, reuse: Path | None, lab
             blocks=assembly.blocks(),
             pointers=None if rows is None else np.concatenate([[0], np.cumsum(rows)]),
         )
-        parts.remove()
+        forget(target)
         return int((known.places[proteins.numbers] >= 0).sum()), resumed
+
+
+def _plan(target: Path, setup: Setup, proteins: Source, reuse: Path | None) -> tuple[KnownRows, Work, str]:
+    """Find out which rows are there, and what is to be computed."""
+    earlier, kept = target if target.exists() else reuse, kept_file(target)
+    paths = ([earlier] if earlier else []) + ([kept] if kept.exists() else [])
+    with contextlib.ExitStack() as stack:
+        known = stack.enter_context(
+            KnownRows(paths, setup.info, sequences=len(proteins.distinct), digests=proteins.distinct_digests())
+        )
+        if target.exists():
+            _check_update(target, proteins, known, asked=reuse is not None)
+        work = Work(proteins.distinct.those(known.places < 0), setup.info, budget=setup.budget)
+        name = work.name(_fresh_digests(proteins, known))
+        if keep_rows(target, setup.info, name):
+            return _plan(target, setup, proteins, reuse)
+        stack.pop_all()
+        return known, work, name
 
 
 def _check_update(target: Path, proteins: Source, known: KnownRows, *, asked: bool) -> None:

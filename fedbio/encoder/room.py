@@ -18,7 +18,8 @@ from fedbio.results import EncoderInfo
 
 log = logging.getLogger(__name__)
 
-_HEAD_BYTES = 160
+_HEAD_BYTES = 200
+"""Of each protein: id, length and digest in the file, and in the parts' record of what they are of."""
 _SLACK_BYTES = 2**17
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,15 +219,62 @@ def test_unfinished_work_of_another_encoder_is_refused(
         embed(source, tmp_path / "out.h5", encoder=tiny, long="cut")
 
 
-def test_unfinished_work_on_other_proteins_is_thrown_away(
+@pytest.mark.parametrize("pooling", ["mean", "residues"])
+def test_unfinished_work_on_other_proteins_is_kept(
+    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pooling: Any
+) -> None:
+    # the last ones are cut into windows; two runs are broken off, each on more proteins than the one before
+    lengths, output = [20 + number for number in range(30)], tmp_path / "out.h5"
+    for number in (30, 40):
+        lengths += [20 + number] * (number - len(lengths))
+        broken_off(write_fasta(lengths), output, tiny, after=4, monkeypatch=monkeypatch, pooling=pooling)
+    source = write_fasta([*lengths, 25])
+    with monkeypatch.context() as patch:  # as if killed when the rows are in their file, and the parts there, too
+        patch.setattr("fedbio.encoder.unfinished.shutil.rmtree", interrupt)
+        with pytest.raises(InterruptedError):
+            embed(source, output, encoder=tiny, batch_residues=100, pooling=pooling)
+    report = embed(source, output, encoder=tiny, batch_residues=100, pooling=pooling)
+    assert report.proteins == 41
+    assert report.resumed == 0
+    assert report.reused >= 8
+    embed(source, tmp_path / "fresh.h5", encoder=tiny, batch_residues=100, pooling=pooling)
+    with Embeddings.open(output) as found, Embeddings.open(tmp_path / "fresh.h5") as wanted:
+        assert found.ids == wanted.ids
+        assert len(found) == 41
+        rows = [np.concatenate(list(each.blocks())) for each in (found, wanted)]
+        np.testing.assert_allclose(*rows, rtol=0, atol=2e-6)
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
+        "out.h5", "fresh.h5", "proteins.fasta", "tiny",
+    }  # fmt: skip
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise InterruptedError
+
+
+def test_unfinished_work_is_kept_with_other_packs(
     tiny: Path, write_fasta: WriteFasta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken_off(write_fasta([20] * 30), tmp_path / "out.h5", tiny, after=5, monkeypatch=monkeypatch)
+    source = write_fasta([20 + number % 7 for number in range(30)])
+    broken_off(source, tmp_path / "out.h5", tiny, after=4, monkeypatch=monkeypatch)
+    broken_off(source, tmp_path / "out.h5", tiny, after=2, monkeypatch=monkeypatch, batch_residues=60)
+    report = embed(source, tmp_path / "out.h5", encoder=tiny, batch_residues=200)
+    assert report.reused > 12
+
+
+@pytest.mark.parametrize("damaged", ["digests", "lengths", "budget"])
+def test_unfinished_work_that_does_not_say_on_what_is_thrown_away(
+    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
+) -> None:
+    broken_off(write_fasta([20] * 30), tmp_path / "out.h5", tiny, after=4, monkeypatch=monkeypatch)
+    (tmp_path / "out.h5.parts" / damaged).write_bytes(b"\x001")
     report = embed(write_fasta([20] * 31), tmp_path / "out.h5", encoder=tiny, batch_residues=100)
-    assert (report.proteins, report.resumed) == (31, 0)
+    assert (report.proteins, report.reused, report.resumed) == (31, 0, 0)
 
 
-def broken_off(source: Path, output: Path, encoder: Path, *, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def broken_off(
+    source: Path, output: Path, encoder: Path, *, after: int, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> None:
     """Let a run end in an error once it has written so many shards."""
     append = Parts.append
 
@@ -239,7 +287,7 @@ def broken_off(source: Path, output: Path, encoder: Path, *, after: int, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Parts, "append", append_until)
         with pytest.raises(InterruptedError):
-            embed(source, output, encoder=encoder, batch_residues=100)
+            embed(source, output, encoder=encoder, **{"batch_residues": 100, **options})
 
 
 def test_an_output_is_brought_up_to_date_when_most_of_it_stays(

@@ -1,0 +1,142 @@
+"""Keep what a run that was broken off has computed, when the next one is on other proteins or packs them otherwise.
+
+The rows that are whole go into an embeddings file beside the output, from which the next run takes them like those of
+any earlier file. It is deleted once the output is finished.
+"""
+
+from __future__ import annotations
+
+__all__ = ["forget", "keep_rows", "kept_file", "record"]
+
+import contextlib
+import itertools
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbio.embeddings import RESIDUES, Embeddings, Heads, Parts, write_stream
+from fedbio.embeddings.form import HEADS
+from fedbio.encoder.rows import Assembly, KnownRows
+from fedbio.encoder.source import DIGEST_BYTES, Residues
+from fedbio.encoder.work import Work, count_residues
+from fedbio.files import write_whole
+from fedbio.proteins.keys import KEY_BYTES, KeyTable
+from fedbio.results import EncoderInfo
+
+log = logging.getLogger(__name__)
+
+_DIGESTS, _LENGTHS, _BUDGET = "digests", "lengths", "budget"
+
+
+def kept_file(target: Path) -> Path:
+    """Where rows are kept that unfinished work on an output has computed."""
+    return target.with_name(f"{target.name}.kept.h5")
+
+
+def record(folder: Path, work: Work, digests: Iterable[NDArray[np.uint8]]) -> None:
+    """Write down in a folder of parts what they are of; nothing if that stands there.
+
+    Parameters
+    ----------
+    folder : Path
+    work : Work
+    digests : iterable of ndarray, shape (m, 32), uint8
+        SHA-256 of its sequences in order, in any division.
+    """
+    if (folder / _BUDGET).is_file():
+        return
+    with open(folder / _DIGESTS, "wb") as file:
+        for some in digests:
+            file.write(some.tobytes())
+    work.sequences.lengths.astype("<i4").tofile(folder / _LENGTHS)
+    write_whole(folder / _BUDGET, f"{work.budget}\n")
+
+
+def forget(target: Path) -> None:
+    """Delete what is kept of unfinished work, once the output is finished."""
+    shutil.rmtree(Parts.folder_of(target), ignore_errors=True)
+    kept_file(target).unlink(missing_ok=True)
+
+
+def keep_rows(target: Path, info: EncoderInfo, work: str) -> bool:
+    """Put the rows of unfinished work of another name than `work` into the kept file, and begin no more with its parts.
+
+    Returns
+    -------
+    bool
+        Whether there were such parts. Those of another encoder stay: whoever opens them refuses them.
+    """
+    folder = Parts.folder_of(target)
+    begun = Parts.begun(target)
+    if begun is None or begun[0] == work or begun[1].differing(info):
+        return False
+    old = _old_work(folder, info)
+    if old is not None and old[0].name([old[1]]) == begun[0]:
+        _keep(target, info, *old, begun[0])
+    else:
+        log.warning("unfinished work on other proteins thrown away, it does not say on which folder=%s", folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+def _old_work(folder: Path, info: EncoderInfo) -> tuple[Work, NDArray[np.uint8]] | None:
+    try:
+        budget = int((folder / _BUDGET).read_text())
+        lengths = np.fromfile(folder / _LENGTHS, dtype="<i4").astype(np.int32)
+        digests = np.fromfile(folder / _DIGESTS, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+    except (OSError, ValueError):
+        return None
+    if len(lengths) != len(digests) or budget < 1 or (lengths < 1).any():
+        return None
+    # nothing is computed: no residues are needed
+    return Work(Residues(-1, np.zeros(len(lengths), dtype=np.int64), lengths), info, budget=budget), digests
+
+
+def _keep(target: Path, info: EncoderInfo, work: Work, digests: NDArray[np.uint8], name: str) -> None:
+    path = kept_file(target)
+    parts = Parts(target, info=info, work=name, rows=work.rows)
+    everything = np.arange(len(digests), dtype=np.int32)
+    with contextlib.ExitStack() as stack:
+        none = stack.enter_context(KnownRows([], info, sequences=len(digests), digests=[]))
+        earlier = stack.enter_context(Embeddings.open(path)) if path.is_file() else None
+        whole = Assembly(everything, none, work, parts).whole()
+        if earlier is not None:  # a kill may have come between the file and the deletion of the parts
+            whole &= ~_held(earlier, digests)
+        numbers = everything[whole]
+        log.info("rows of unfinished work on other proteins kept sequences=%d file=%s", len(numbers), path)
+        if not len(numbers):
+            return
+        lengths = work.sequences.lengths[numbers]
+        pointers = None
+        if info.pooling == RESIDUES:
+            first = np.zeros(1, dtype=np.int64) if earlier is None or earlier.pointers is None else earlier.pointers
+            pointers = np.concatenate([first, first[-1] + np.cumsum(count_residues(lengths, info))])
+        write_stream(
+            path,
+            info=info,
+            proteins=(0 if earlier is None else len(earlier)) + len(numbers),
+            heads=itertools.chain([] if earlier is None else earlier.heads(), _heads(digests[numbers], lengths)),
+            blocks=itertools.chain(
+                [] if earlier is None else earlier.blocks(), Assembly(numbers, none, work, parts).blocks()
+            ),
+            pointers=pointers,
+        )
+
+
+def _held(embeddings: Embeddings, digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    table = KeyTable()
+    for heads in embeddings.heads():
+        for digest in heads.digests:
+            table.add(digest[:KEY_BYTES].tobytes())
+    return np.fromiter((table.find(digest[:KEY_BYTES].tobytes()) >= 0 for digest in digests), np.bool_, len(digests))
+
+
+def _heads(digests: NDArray[np.uint8], lengths: NDArray[np.int32]) -> Iterator[Heads]:
+    for first in range(0, len(digests), HEADS):
+        some = digests[first : first + HEADS]
+        names = [digest.tobytes().hex() for digest in some]
+        yield Heads(names, lengths[first : first + HEADS].astype(np.int64), some)
