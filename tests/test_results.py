@@ -73,6 +73,15 @@ def test_encoders_differ_in_what_is_the_reason_and_not_in_what_follows() -> None
     assert ends.differing(other_bins) == ["width", "bins"]
 
 
+def test_a_name_tells_encoders_apart_only_where_the_weights_are_not_known() -> None:
+    known, unknown = (msgspec.structs.replace(ENCODER, weights_sha256=digest) for digest in ("0" * 64, "unknown"))
+    assert known.differing(msgspec.structs.replace(known, name="other")) == []
+    assert unknown.differing(msgspec.structs.replace(unknown, name="other")) == ["name"]
+    assert known.differing(msgspec.structs.replace(known, name="other", weights_sha256="1" * 64)) == [
+        "name", "weights_sha256",
+    ]  # fmt: skip
+
+
 def test_an_encoder_is_told_as_before_the_bins_were_known() -> None:
     told = msgspec.json.decode(msgspec.json.encode(ENCODER))
     assert "bins" not in told

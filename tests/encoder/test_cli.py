@@ -61,6 +61,11 @@ def test_dry_run_estimates_and_writes_nothing(
     estimate = result(capsys)
     rows = 50 * (100 + 128 + 50)
     assert rows * vectors < estimate["file_bytes"] < rows * vectors + 2**18
+    # the memory that it tells is what --memory is held against, of every process
+    assert main([*call, "--memory", str(estimate["memory_bytes"] / 2**20) + "M"]) == 0
+    capsys.readouterr()
+    assert main([*call, "--device", "cpu,cpu", "--json"]) == 0
+    assert result(capsys)["memory_bytes"] > 1.9 * estimate["memory_bytes"]
     assert main([*call, "--memory", "300M"]) == 2
     assert "small takes about" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["proteins.fasta"]

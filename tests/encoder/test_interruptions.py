@@ -207,3 +207,11 @@ def test_beyond_the_limit_of_a_files_size_the_run_ends_clearly_and_goes_on_later
     embed(source, output, encoder=tiny, batch_residues=100)
     embed(source, tmp_path / "whole.h5", encoder=tiny, batch_residues=100)
     assert output.read_bytes() == (tmp_path / "whole.h5").read_bytes()
+
+
+def test_an_output_whose_name_goes_on_keeps_its_files(tmp_path: Path) -> None:
+    ours, other = tmp_path / ".proteins.77.78.part", tmp_path / ".proteins.h5.77.78.part"
+    for path in (ours, other):
+        path.touch()
+    room.clear_leftovers(tmp_path / "proteins")
+    assert [path.name for path in tmp_path.iterdir()] == [other.name]

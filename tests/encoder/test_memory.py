@@ -11,6 +11,7 @@ import pytest
 
 from fedbio.encoder.memory import check_memory, fitting_budget, fitting_lanes, needed_bytes
 from fedbio.errors import MachineError
+from fedbio.proteins.demo import generate
 from fedbio.weights import EncoderConfig, Weights, write_weights
 
 from .conftest import TINY
@@ -41,6 +42,18 @@ def test_memory_does_not_grow_with_the_sequences(tiny_weights: Weights, tmp_path
     residues = 19_500 * LENGTH
     assert residues > 110 * 2**20
     assert many - few < 40 * 2**20
+
+
+@pytest.mark.slow
+def test_what_memory_allows_is_kept(tmp_path: Path) -> None:
+    source = tmp_path / "proteins.fasta"
+    generated = generate(600, seed=2)
+    source.write_text("".join(f">{number}\n{protein.sequence}\n" for number, protein in enumerate(generated)))
+    command = [sys.executable, "-c", "from fedbio.cli import entry; entry()", "embed", str(source)]
+    command += ["-o", str(tmp_path / "out.h5"), "--threads", "2", "--memory", "520M"]
+    _, status, usage = os.wait4(os.posix_spawn(sys.executable, command, os.environ), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert usage.ru_maxrss * 1024 < 520 * 2**20
 
 
 def test_packs_become_smaller_until_they_fit() -> None:

@@ -71,6 +71,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(command: Command, t
     assert curves[0] == curves[1]
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
+    assert steps.count(0) == 1
 
 
 @pytest.mark.slow
@@ -108,6 +109,15 @@ def test_a_second_process_on_one_folder_is_refused(command: Command, tmp_path: P
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.slow
+def test_processes_that_would_have_no_packs_are_refused(command: Command, free_port: int) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port)]
+    call = [*torchrun, "-m", "fedbio", *command("--steps", "2", "--packs", "1")]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0
+    assert "--packs 1: an update has fewer packs than there are processes (2)" in done.stderr
 
 
 @pytest.mark.slow
