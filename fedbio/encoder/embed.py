@@ -24,7 +24,7 @@ from fedbio.encoder.room import check_room, clear_leftovers
 from fedbio.encoder.rows import Assembly, KnownRows
 from fedbio.encoder.setup import EncoderChoice, Setup
 from fedbio.encoder.source import Source, StrPath
-from fedbio.encoder.unfinished import forget, keep_rows, kept_file, record
+from fedbio.encoder.unfinished import check_kept, forget, forget_within, keep_rows, kept_file, record
 from fedbio.encoder.work import Work, count_residues
 from fedbio.encoder.workers import choose_devices, compute_with_workers
 from fedbio.encoder_names import DEFAULT_ENCODER
@@ -186,7 +186,7 @@ def _is_finished(target: Path, proteins: Source, info: EncoderInfo) -> bool:
         check_same_encoder(there.info, info, where=str(target), remedy="give another output, or delete this one")
         if not proteins.is_in(there):
             return False
-    forget(target)  # a run that was killed after its last step left them
+        forget_within(target, there)  # a run that was killed after its last step left it
     return True
 
 
@@ -197,7 +197,9 @@ def _embed(target: Path, setup: Setup, proteins: Source, reuse: Path | None, lab
             f"{target}: holds the embeddings of other proteins; give another output, or leave --reuse "
             "out to bring this one up to date"
         )
-    known, work, name = _plan(target, setup, proteins, reuse)
+    while (planned := _plan(target, setup, proteins, reuse)) is None:
+        pass  # unfinished work on other proteins is in its file now
+    known, work, name = planned
     with known:
         parts = Parts(target, info=setup.info, work=name, rows=work.rows)
         rows = count_residues(proteins.lengths, setup.info) if setup.info.pooling == RESIDUES else None
@@ -224,8 +226,9 @@ def _embed(target: Path, setup: Setup, proteins: Source, reuse: Path | None, lab
         return int((known.places[proteins.numbers] >= 0).sum()), resumed
 
 
-def _plan(target: Path, setup: Setup, proteins: Source, reuse: Path | None) -> tuple[KnownRows, Work, str]:
-    """Find out which rows are there, and what is to be computed."""
+def _plan(target: Path, setup: Setup, proteins: Source, reuse: Path | None) -> tuple[KnownRows, Work, str] | None:
+    """Find out which rows are there, and what is to be computed; None if more rows are there afterwards."""
+    check_kept(target, setup.info)
     earlier, kept = target if target.exists() else reuse, kept_file(target)
     paths = ([earlier] if earlier else []) + ([kept] if kept.exists() else [])
     with contextlib.ExitStack() as stack:
@@ -237,7 +240,7 @@ def _plan(target: Path, setup: Setup, proteins: Source, reuse: Path | None) -> t
         work = Work(proteins.distinct.those(known.places < 0), setup.info, budget=setup.budget)
         name = work.name(_fresh_digests(proteins, known))
         if keep_rows(target, setup.info, name):
-            return _plan(target, setup, proteins, reuse)
+            return None
         stack.pop_all()
         return known, work, name
 

@@ -79,7 +79,7 @@ def free_bytes(folder: Path) -> int:
 
 def clear_leftovers(target: Path) -> None:
     """Delete files that runs killed while they wrote the output have left; the caller holds its lock."""
-    ours = re.compile(rf"\.{re.escape(target.name)}\.\d+\.\d+\.part")  # not those of an output whose name goes on
+    ours = re.compile(rf"\.{re.escape(target.name)}(\.kept\.h5)?\.\d+\.\d+\.part")
     for beside in target.parent.iterdir():
         if ours.fullmatch(beside.name):
             log.info("unfinished file of a killed run deleted file=%s", beside)

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Assembly", "KnownRows"]
 
 import bisect
+import contextlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -57,6 +58,12 @@ class KnownRows:
         self.stored = 0
         self._begins = [0]
         self._files: list[Embeddings] = []
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._close)
+            self._look_up(paths, info, digests)
+            stack.pop_all()
+
+    def _look_up(self, paths: Sequence[Path], info: EncoderInfo, digests: Iterable[NDArray[np.uint8]]) -> None:
         table, firsts, place = KeyTable(), array("q"), 0
         for path in paths:
             file = Embeddings.open(path)
@@ -113,6 +120,9 @@ class KnownRows:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         for file in self._files:
             file.close()
 

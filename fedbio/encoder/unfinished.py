@@ -6,7 +6,7 @@ any earlier file. It is deleted once the output is finished.
 
 from __future__ import annotations
 
-__all__ = ["forget", "keep_rows", "kept_file", "record"]
+__all__ = ["check_kept", "forget", "forget_within", "keep_rows", "kept_file", "record"]
 
 import contextlib
 import itertools
@@ -15,15 +15,17 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import blake3
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbio.embeddings import RESIDUES, Embeddings, Heads, Parts, write_stream
+from fedbio.embeddings import RESIDUES, Embeddings, Heads, Parts, check_same_encoder, write_stream
 from fedbio.embeddings.form import HEADS
 from fedbio.encoder.rows import Assembly, KnownRows
 from fedbio.encoder.source import DIGEST_BYTES, Residues
 from fedbio.encoder.work import Work, count_residues
-from fedbio.files import write_whole
+from fedbio.errors import FormatError, MachineError
+from fedbio.files import whole_file, write_whole
 from fedbio.proteins.keys import KEY_BYTES, KeyTable
 from fedbio.results import EncoderInfo
 
@@ -47,19 +49,64 @@ def record(folder: Path, work: Work, digests: Iterable[NDArray[np.uint8]]) -> No
     digests : iterable of ndarray, shape (m, 32), uint8
         SHA-256 of its sequences in order, in any division.
     """
-    if (folder / _BUDGET).is_file():
+    lengths = work.sequences.lengths.astype("<i4")
+    sizes = {_DIGESTS: DIGEST_BYTES * len(lengths), _LENGTHS: lengths.nbytes}
+    paths = [folder / name for name in sizes]
+    if (folder / _BUDGET).is_file() and all(
+        path.is_file() and path.stat().st_size == sizes[path.name] for path in paths
+    ):
         return
-    with open(folder / _DIGESTS, "wb") as file:
+    with whole_file(folder / _DIGESTS) as beside, open(beside, "wb") as file:
         for some in digests:
             file.write(some.tobytes())
-    work.sequences.lengths.astype("<i4").tofile(folder / _LENGTHS)
-    write_whole(folder / _BUDGET, f"{work.budget}\n")
+    with whole_file(folder / _LENGTHS) as beside, open(beside, "wb") as file:
+        file.write(lengths.tobytes())
+    write_whole(folder / _BUDGET, f"{work.budget} {_checksum(lengths)}\n")
+
+
+def _checksum(lengths: NDArray[np.int32]) -> str:
+    return blake3.blake3(lengths.tobytes()).hexdigest()
 
 
 def forget(target: Path) -> None:
     """Delete what is kept of unfinished work, once the output is finished."""
     shutil.rmtree(Parts.folder_of(target), ignore_errors=True)
     kept_file(target).unlink(missing_ok=True)
+
+
+def forget_within(target: Path, finished: Embeddings) -> None:
+    """Delete what is kept of unfinished work if the finished output has all of it; else it is left."""
+    kept = kept_file(target)
+    digests = [_recorded(Parts.folder_of(target))] if Parts.begun(target) else []
+    if kept.is_file():
+        with Embeddings.open(kept) as rows:
+            digests += [heads.digests for heads in rows.heads()]
+    if not digests or all(some is not None and _held(finished, some).all() for some in digests):
+        forget(target)
+    else:
+        log.info("unfinished work on other proteins is left folder=%s", Parts.folder_of(target))
+
+
+def check_kept(target: Path, info: EncoderInfo) -> None:
+    """Refuse a kept file of another encoder, and delete a damaged one.
+
+    Raises
+    ------
+    DataError
+        Saying what to do.
+    """
+    path = kept_file(target)
+    if not path.exists():
+        return
+    try:
+        with Embeddings.open(path) as kept:
+            found = kept.info
+    except FormatError as error:
+        log.warning("rows of unfinished work are damaged, and computed again: %s", error)
+        path.unlink()
+        return
+    remedy = f"give the settings as before, or delete {path} and {Parts.folder_of(target)}"
+    check_same_encoder(found, info, where=str(path), remedy=remedy)
 
 
 def keep_rows(target: Path, info: EncoderInfo, work: str) -> bool:
@@ -69,31 +116,52 @@ def keep_rows(target: Path, info: EncoderInfo, work: str) -> bool:
     -------
     bool
         Whether there were such parts. Those of another encoder stay: whoever opens them refuses them.
+
+    Raises
+    ------
+    MachineError
+        If they cannot be deleted.
     """
     folder = Parts.folder_of(target)
     begun = Parts.begun(target)
     if begun is None or begun[0] == work or begun[1].differing(info):
         return False
     old = _old_work(folder, info)
-    if old is not None and old[0].name([old[1]]) == begun[0]:
+    if old is not None and old[0].name(_slices(old[1])) == begun[0]:
         _keep(target, info, *old, begun[0])
     else:
         log.warning("unfinished work on other proteins thrown away, it does not say on which folder=%s", folder)
     shutil.rmtree(folder, ignore_errors=True)
+    if Parts.begun(target):
+        raise MachineError(f"{folder}: cannot be deleted; delete it, and run the same command again")
     return True
 
 
 def _old_work(folder: Path, info: EncoderInfo) -> tuple[Work, NDArray[np.uint8]] | None:
+    digests = _recorded(folder)
     try:
-        budget = int((folder / _BUDGET).read_text())
+        budget, checksum = (folder / _BUDGET).read_text().split()
         lengths = np.fromfile(folder / _LENGTHS, dtype="<i4").astype(np.int32)
-        digests = np.fromfile(folder / _DIGESTS, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+        if digests is None or len(lengths) != len(digests) or checksum != _checksum(lengths.astype("<i4")):
+            return None
+        # nothing is computed: no residues are needed
+        sequences = Residues(-1, np.zeros(len(lengths), dtype=np.int64), lengths)
+        return Work(sequences, info, budget=int(budget)), digests
     except (OSError, ValueError):
         return None
-    if len(lengths) != len(digests) or budget < 1 or (lengths < 1).any():
+
+
+def _recorded(folder: Path) -> NDArray[np.uint8] | None:
+    """The digests of what parts are of, shape (n, 32), as they lie on the disk."""
+    try:
+        return np.memmap(folder / _DIGESTS, dtype=np.uint8, mode="r").reshape(-1, DIGEST_BYTES)
+    except (OSError, ValueError):
         return None
-    # nothing is computed: no residues are needed
-    return Work(Residues(-1, np.zeros(len(lengths), dtype=np.int64), lengths), info, budget=budget), digests
+
+
+def _slices(digests: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    for first in range(0, len(digests), HEADS):
+        yield digests[first : first + HEADS]
 
 
 def _keep(target: Path, info: EncoderInfo, work: Work, digests: NDArray[np.uint8], name: str) -> None:
@@ -119,7 +187,7 @@ def _keep(target: Path, info: EncoderInfo, work: Work, digests: NDArray[np.uint8
             path,
             info=info,
             proteins=(0 if earlier is None else len(earlier)) + len(numbers),
-            heads=itertools.chain([] if earlier is None else earlier.heads(), _heads(digests[numbers], lengths)),
+            heads=itertools.chain([] if earlier is None else earlier.heads(), _heads(digests, numbers, lengths)),
             blocks=itertools.chain(
                 [] if earlier is None else earlier.blocks(), Assembly(numbers, none, work, parts).blocks()
             ),
@@ -135,8 +203,8 @@ def _held(embeddings: Embeddings, digests: NDArray[np.uint8]) -> NDArray[np.bool
     return np.fromiter((table.find(digest[:KEY_BYTES].tobytes()) >= 0 for digest in digests), np.bool_, len(digests))
 
 
-def _heads(digests: NDArray[np.uint8], lengths: NDArray[np.int32]) -> Iterator[Heads]:
-    for first in range(0, len(digests), HEADS):
-        some = digests[first : first + HEADS]
-        names = [digest.tobytes().hex() for digest in some]
-        yield Heads(names, lengths[first : first + HEADS].astype(np.int64), some)
+def _heads(digests: NDArray[np.uint8], numbers: NDArray[np.int32], lengths: NDArray[np.int32]) -> Iterator[Heads]:
+    for first in range(0, len(numbers), HEADS):
+        here = slice(first, first + HEADS)
+        some = np.array(digests[numbers[here]])
+        yield Heads([digest.tobytes().hex() for digest in some], lengths[here].astype(np.int64), some)

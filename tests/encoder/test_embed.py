@@ -266,10 +266,68 @@ def test_unfinished_work_is_kept_with_other_packs(
 def test_unfinished_work_that_does_not_say_on_what_is_thrown_away(
     tiny: Path, write_fasta: WriteFasta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
 ) -> None:
-    broken_off(write_fasta([20] * 30), tmp_path / "out.h5", tiny, after=4, monkeypatch=monkeypatch)
-    (tmp_path / "out.h5.parts" / damaged).write_bytes(b"\x001")
+    broken_off(write_fasta([20, 21, 22] * 10), tmp_path / "out.h5", tiny, after=4, monkeypatch=monkeypatch)
+    record = tmp_path / "out.h5.parts" / damaged
+    record.write_bytes(record.read_bytes()[4:] + b"\x14\0\0\0")
     report = embed(write_fasta([20] * 31), tmp_path / "out.h5", encoder=tiny, batch_residues=100)
     assert (report.proteins, report.reused, report.resumed) == (31, 0, 0)
+
+
+@pytest.fixture
+def kept(tiny: Path, write_fasta: WriteFasta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Rows kept of unfinished work on thirty proteins, beside unfinished work on forty."""
+    for number in (30, 40):
+        broken_off(write_fasta([20] * number), tmp_path / "out.h5", tiny, after=2, monkeypatch=monkeypatch)
+    assert (tmp_path / "out.h5.kept.h5").is_file()
+    return tmp_path / "out.h5.kept.h5"
+
+
+def test_rows_kept_of_another_encoder_are_refused_with_what_to_do(
+    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, kept: Path
+) -> None:
+    with pytest.raises(
+        DataError, match=r"pooling is 'mean', not 'max'; give the settings as before, or delete"
+    ) as info:
+        embed(write_fasta([20] * 40), tmp_path / "out.h5", encoder=tiny, pooling="max")
+    assert f"delete {kept} and {tmp_path / 'out.h5.parts'}" in str(info.value)
+
+
+def test_damaged_rows_that_were_kept_are_computed_again(
+    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, kept: Path
+) -> None:
+    kept.write_bytes(kept.read_bytes()[:1000])
+    (tmp_path / f".{kept.name}.1.1.part").touch()  # a kill while they were written
+    # those of the second run are there still
+    assert embed(write_fasta([20] * 40), tmp_path / "out.h5", encoder=tiny, batch_residues=100).reused == 8
+    assert sorted(path.name for path in tmp_path.iterdir() if "lock" not in path.name) == [
+        "out.h5", "proteins.fasta", "tiny",
+    ]  # fmt: skip
+
+
+def test_what_a_finished_output_does_not_hold_stays(
+    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.h5"
+    embed(write_fasta([20] * 30), output, encoder=tiny)
+    for number in (40, 50):
+        broken_off(write_fasta([20] * number), output, tiny, after=2, monkeypatch=monkeypatch)
+    embed(write_fasta([20] * 30), output, encoder=tiny)
+    assert (tmp_path / "out.h5.kept.h5").is_file()
+    report = embed(write_fasta([20] * 50), output, encoder=tiny, batch_residues=100)
+    assert report.reused > 30
+    assert report.resumed > 0
+    assert not (tmp_path / "out.h5.kept.h5").exists()
+
+
+def test_parts_that_cannot_be_deleted_are_told(
+    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, parts = tmp_path / "out.h5", tmp_path / "out.h5.parts"
+    broken_off(write_fasta([20] * 30), output, tiny, after=2, monkeypatch=monkeypatch)
+    parts.rename(tmp_path / "elsewhere")
+    parts.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(MachineError, match=r"out\.h5\.parts: cannot be deleted"):
+        embed(write_fasta([20] * 31), output, encoder=tiny, batch_residues=100)
 
 
 def broken_off(
