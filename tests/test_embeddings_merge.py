@@ -174,10 +174,10 @@ def test_more_proteins_than_a_block_in_any_order(tmp_path: Path, monkeypatch: py
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """Two files of 96 MB are joined in less memory than one of them beyond what the imports need."""
+    """Two files of 192 MB are joined in less memory than one of them beyond what the imports need."""
     info = msgspec.structs.replace(INFO, width=2000)
     for part in range(2):
-        rows = 12_000
+        rows = 24_000
         write_embeddings(
             tmp_path / f"{part}.h5",
             info=info,
@@ -196,8 +196,8 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("0.h5", "1.h5", "all.h5"))]
     grown = int(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
-    # 2,048 rows of 8 kB three times: as read, as gathered, and those before that are being written
-    assert grown < 80_000
+    # 2,048 rows of 8 kB three times (as read, as gathered, and those before that are being written), and what HDF5 keeps
+    assert grown < 130_000
 
 
 def test_a_merge_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
