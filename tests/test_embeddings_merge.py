@@ -196,7 +196,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("0.h5", "1.h5", "all.h5"))]
     grown = int(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
-    # 2,048 rows of 8 kB three times (as read, as gathered, and those before that are being written), and what HDF5 keeps
+    # 2,048 rows of 8 kB three times (read, gathered, and those before that are being written), and what HDF5 keeps
     assert grown < 130_000
 
 
