@@ -233,10 +233,6 @@ class Parts:
                     read_at(file.fileno(), into.data, (int(starts[run]) - first) * self._width * 4)
         return vectors
 
-    def remove(self) -> None:
-        """Delete the folder, after the output is there."""
-        shutil.rmtree(self.folder)
-
 
 def _read_manifest(path: Path) -> tuple[dict[str, Any], EncoderInfo]:
     try:

@@ -75,16 +75,30 @@ def forget(target: Path) -> None:
 
 
 def forget_within(target: Path, finished: Embeddings) -> None:
-    """Delete what is kept of unfinished work if the finished output has all of it; else it is left."""
-    kept = kept_file(target)
-    digests = [_recorded(Parts.folder_of(target))] if Parts.begun(target) else []
-    if kept.is_file():
-        with Embeddings.open(kept) as rows:
-            digests += [heads.digests for heads in rows.heads()]
-    if not digests or all(some is not None and _held(finished, some).all() for some in digests):
-        forget(target)
-    else:
+    """Delete what is kept of unfinished work if the finished output has all of it, or none of it can be used."""
+    if _unfinished(target, finished):
         log.info("unfinished work on other proteins is left folder=%s", Parts.folder_of(target))
+    else:
+        forget(target)
+
+
+def _unfinished(target: Path, finished: Embeddings) -> bool:
+    """Whether something is kept that the output does not have."""
+    kept = kept_file(target)
+    table: KeyTable | None = None
+    try:
+        recorded = _recorded(Parts.folder_of(target)) if Parts.begun(target) else None
+        with contextlib.ExitStack() as stack:
+            heads = stack.enter_context(Embeddings.open(kept)).heads() if kept.is_file() else iter(())
+            for digests in itertools.chain(
+                () if recorded is None else _slices(recorded), (some.digests for some in heads)
+            ):
+                table = _table(finished) if table is None else table
+                if not _held(table, digests).all():
+                    return True
+    except FormatError:
+        return False
+    return False
 
 
 def check_kept(target: Path, info: EncoderInfo) -> None:
@@ -173,7 +187,7 @@ def _keep(target: Path, info: EncoderInfo, work: Work, digests: NDArray[np.uint8
         earlier = stack.enter_context(Embeddings.open(path)) if path.is_file() else None
         whole = Assembly(everything, none, work, parts).whole()
         if earlier is not None:  # a kill may have come between the file and the deletion of the parts
-            whole &= ~_held(earlier, digests)
+            whole &= ~_held(_table(earlier), digests)
         numbers = everything[whole]
         log.info("rows of unfinished work on other proteins kept sequences=%d file=%s", len(numbers), path)
         if not len(numbers):
@@ -195,11 +209,15 @@ def _keep(target: Path, info: EncoderInfo, work: Work, digests: NDArray[np.uint8
         )
 
 
-def _held(embeddings: Embeddings, digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _table(embeddings: Embeddings) -> KeyTable:
     table = KeyTable()
     for heads in embeddings.heads():
         for digest in heads.digests:
             table.add(digest[:KEY_BYTES].tobytes())
+    return table
+
+
+def _held(table: KeyTable, digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return np.fromiter((table.find(digest[:KEY_BYTES].tobytes()) >= 0 for digest in digests), np.bool_, len(digests))
 
 

@@ -319,6 +319,18 @@ def test_what_a_finished_output_does_not_hold_stays(
     assert not (tmp_path / "out.h5.kept.h5").exists()
 
 
+@pytest.mark.parametrize("damaged", ["out.h5.kept.h5", "out.h5.parts/manifest.json", "out.h5.parts/digests"])
+def test_a_finished_output_does_not_mind_what_is_damaged_beside_it(
+    tiny: Path, write_fasta: WriteFasta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
+) -> None:
+    output = tmp_path / "out.h5"
+    embed(write_fasta([20] * 30), output, encoder=tiny)
+    broken_off(write_fasta([20] * 40), output, tiny, after=2, monkeypatch=monkeypatch)
+    (tmp_path / damaged).write_bytes(b"damaged")
+    assert embed(write_fasta([20] * 30), output, encoder=tiny).reused == 30
+    assert not (tmp_path / damaged).exists()
+
+
 def test_parts_that_cannot_be_deleted_are_told(
     tiny: Path, write_fasta: WriteFasta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
